@@ -1,0 +1,49 @@
+# Everything a person or a machine does with this project. `make` alone lists it.
+VENV ?= .venv
+PY   ?= python3
+BIN  := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo dev test test-fast check fmt bench crash constraints clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PY) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flowstead needs Python 3.11 or newer, found %d.%d; try: make PY=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PY) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	@$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	@touch $@
+
+dev: $(VENV)/.ready   ## set up .venv with everything
+
+demo: $(VENV)/.ready  ## triage a real mailbox, kill -9 half way, restart, lose nothing
+	@$(BIN)/python examples/inbox_triage.py --demo
+
+test: $(VENV)/.ready  ## the whole suite
+	$(BIN)/python -m pytest -q
+
+test-fast: $(VENV)/.ready  ## the suite without processes that are killed
+	$(BIN)/python -m pytest -q -m "not crash"
+
+crash: $(VENV)/.ready  ## only the tests that kill processes
+	$(BIN)/python -m pytest -q -m crash
+
+check: $(VENV)/.ready  ## format, lint, strict types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: $(VENV)/.ready   ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready ## throughput, latency and memory, each beside its ceiling
+	$(BIN)/python -m bench
+
+constraints: $(VENV)/.ready  ## write constraints.txt anew
+	$(BIN)/uv pip compile -q --universal --all-extras --no-header --no-annotate pyproject.toml -o constraints.txt
+
+clean:  ## remove what can be made again
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage dist

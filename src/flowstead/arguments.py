@@ -1,0 +1,175 @@
+"""What callers may pass: checked at the door, before anything is queued. Misuse raises, and changes nothing."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Final, TypeVar
+
+from msgspec import UNSET, UnsetType
+
+from flowstead.rules.user_json import is_encodable
+
+E = TypeVar("E", bound=StrEnum)
+
+_LONGEST_ID: Final = 256
+_LONGEST_OWNER_BYTES: Final = 512
+_LONGEST_TEXT_BYTES: Final = 4096
+_LONGEST_INSTRUCTION_BYTES: Final = 256 * 1024
+
+
+def text(
+    value: object,
+    name: str,
+    *,
+    missing: str | None = None,
+    longest: int = _LONGEST_TEXT_BYTES,
+) -> str:
+    """A text that is not blank, trimmed, and can be stored.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is blank (with the sentence `missing`), too long, or holds a lone surrogate.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {_kind(value)}.")
+    trimmed = value.strip()
+    if not trimmed:
+        raise ValueError(missing or f"{name} must not be blank.")
+    if not is_encodable(trimmed):
+        raise ValueError(f"{name} holds a lone surrogate, which cannot be stored.")
+    if len(trimmed.encode()) > longest:
+        raise ValueError(f"{name} is longer than {longest} bytes.")
+    return trimmed
+
+
+def instruction(value: object, name: str) -> str:
+    """What a child is told to do: a text with room for a whole prompt."""
+    return text(value, name, longest=_LONGEST_INSTRUCTION_BYTES)
+
+
+def optional_text(value: object, name: str) -> str | None:
+    """A text, or None for None and for blank."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return text(value, name)
+
+
+def patched_text(value: object, name: str) -> str | UnsetType | None:
+    """A text to set, None to clear, UNSET to leave alone."""
+    return UNSET if value is UNSET else optional_text(value, name)
+
+
+def identifier(value: object, name: str) -> str:
+    """A caller's own id: printable, without spaces at its ends, not too long."""
+    found = text(value, name)
+    if len(found) > _LONGEST_ID or not found.isprintable():
+        raise ValueError(f"{name} must be printable and at most {_LONGEST_ID} characters long.")
+    return found
+
+
+def lookup(value: object, name: str) -> str | None:
+    """An id to look for. None if no stored id can be equal to it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {_kind(value)}.")
+    return value if value and is_encodable(value) else None
+
+
+def owner_key(value: object, missing: str) -> str:
+    """An owner: compared byte by byte, so it must have one spelling only."""
+    found = text(value, "session_key", missing=missing)
+    if len(found.encode()) > _LONGEST_OWNER_BYTES:
+        raise ValueError(f"session_key is longer than {_LONGEST_OWNER_BYTES} bytes.")
+    if not found.isprintable() or unicodedata.normalize("NFC", found) != found:
+        raise ValueError("session_key must be printable and in Unicode normal form C.")
+    return found
+
+
+def revision(value: object) -> int:
+    """An expected revision: a whole number, 0 or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected_revision must be an int, not {_kind(value)}.")
+    if value < 0:
+        raise ValueError(f"expected_revision must be 0 or more, not {value}.")
+    return value
+
+
+def optional_revision(value: object) -> int | None:
+    """An expected revision, or None to take the flow as it is."""
+    return None if value is None else revision(value)
+
+
+def instant(value: object, name: str) -> int | None:
+    """Epoch milliseconds, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise TypeError(f"{name} must be epoch milliseconds as an int, not {value!r:.40}.")
+    return value
+
+
+def seconds(value: object, name: str) -> float | None:
+    """A positive duration in seconds, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number of seconds, not {_kind(value)}.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive number of seconds, not {value}.")
+    return float(value)
+
+
+def count(value: object, name: str) -> int:
+    """A whole number, 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {_kind(value)}.")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, not {value}.")
+    return value
+
+
+def optional_sequence_number(value: object, name: str) -> int | None:
+    """A number to resume after, 0 for the very beginning, None for now."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {_kind(value)}.")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, not {value}.")
+    return value
+
+
+def choice(value: object, kind: type[E], name: str, allowed: Iterable[E] | None = None) -> E:
+    """One of the words of an enumeration.
+
+    Raises:
+        ValueError: It is none of them; the message lists them.
+    """
+    words = list(kind if allowed is None else allowed)
+    if isinstance(value, str) and value in words:
+        return kind(value)
+    listed = ", ".join(word.value for word in words)
+    raise ValueError(f"{name} must be one of {listed}; got {value!r:.80}.")
+
+
+def choices(value: object, kind: type[E], name: str) -> tuple[E, ...]:
+    """None, one word or several words of an enumeration."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (choice(value, kind, name),)
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a string or several, not {_kind(value)}.")
+    return tuple(choice(word, kind, name) for word in value)
+
+
+def mapping_or_none(value: object, name: str) -> Mapping[str, object] | None:
+    """A mapping, or None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping, not {_kind(value)}.")
+    return value
+
+
+def _kind(value: object) -> str:
+    return type(value).__qualname__

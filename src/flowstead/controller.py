@@ -1,0 +1,489 @@
+"""The controller face: what a flow's own code, and the code of its children, is given.
+
+Theory of operation. A controller is plain Python, run from the top; after a crash it is run from the top again.
+What makes that safe is steps: `run`, `map` and `once` give each piece of work a name inside the flow, and the
+name is the `run_id` of a child. A step whose outcome is recorded answers from the record without running; one
+that was cut off is started again as a new attempt; only a step never seen before begins. So the only promise a
+controller has to keep is that the same step has the same name when it is run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from flowstead import arguments, errors
+from flowstead.engine.engine import Engine
+from flowstead.model.code import Code
+from flowstead.model.command import (
+    AddTasks,
+    Command,
+    Encoded,
+    Fail,
+    Finish,
+    Patch,
+    ProgressReport,
+    TaskDraft,
+    Update,
+)
+from flowstead.model.flow import Failure, Flow, FlowKey, Json
+from flowstead.model.retry import Retry
+from flowstead.model.task import (
+    Cancelled,
+    Failed,
+    Launch,
+    Lost,
+    Outcome,
+    StoredTask,
+    Succeeded,
+    Task,
+    TimedOut,
+    outcome_of,
+)
+from flowstead.registry import Registry, TaskDefinition
+from flowstead.results import raise_refusal
+from flowstead.rules.user_json import encode_json
+from flowstead.store import codec
+from flowstead.store.port import Scope
+
+T = TypeVar("T")
+
+LAUNCHED_RUNTIME: Final = "task"
+_CONTROLLER: Final = "controller"
+_MAP_CHUNK: Final = 256
+
+
+class TaskContext:
+    """What a task function is told about itself. It sees its input and this, and nothing of its flow's state."""
+
+    def __init__(self, engine: Engine, key: FlowKey, task: StoredTask) -> None:
+        self._engine = engine
+        self._key = key
+        self.flow_id: Final = key.flow_id
+        self.task_id: Final = task.task_id
+        self.run_id: Final = task.run_id
+        self.attempt: Final = task.attempt
+        self.deadline: Final = (
+            None if task.timeout is None else engine.clock.now() + round(task.timeout * 1000)
+        )
+        """When this attempt is stopped, epoch milliseconds; None if never."""
+
+    async def progress(self, summary: str) -> None:
+        """Say how far the work is, durably and for people to read. Cancelling does not take it back."""
+        said = arguments.optional_text(summary, "summary")
+        await self._engine.report(self._key, ProgressReport(task_id=self.task_id, summary=said))
+
+    async def heartbeat(self) -> None:
+        """Say that the work is alive, durably. Cancelling does not take it back."""
+        await self._engine.report(self._key, ProgressReport(task_id=self.task_id))
+
+
+class FlowContext:
+    """What a controller works with: its flow, carried forward, and the steps it can take.
+
+    Every method raises what stopped it (`errors.RefusedError` and its kin) rather than answering with it.
+    Once a cancel is requested, a step that would start something new raises `CancelPending`; letting that
+    exception pass ends the flow as cancelled.
+    """
+
+    def __init__(self, engine: Engine, door: CodeDoor, key: FlowKey, flow: Flow) -> None:
+        self._engine = engine
+        self._door = door
+        self._key = key
+        self._flow = flow
+        self._named: Counter[str] = Counter()
+
+    @property
+    def flow(self) -> Flow:
+        """The flow as this controller last knew it."""
+        return self._flow
+
+    @property
+    def flow_id(self) -> str:
+        return self._flow.flow_id
+
+    @property
+    def revision(self) -> int:
+        return self._flow.revision
+
+    @property
+    def state_json(self) -> Json:
+        return self._flow.state_json
+
+    @property
+    def current_step(self) -> str | None:
+        return self._flow.current_step
+
+    # ---- steps ------------------------------------------------------------------------------------
+
+    async def run(
+        self,
+        function: str | Callable[..., Awaitable[Json]],
+        input: Json = None,
+        *,
+        name: str | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+    ) -> Json:
+        """Run one child and return its result; answer from the record if it has run before.
+
+        Args:
+            function: A registered task, its name, or any `async def fn(ctx, input)`.
+            input: JSON handed to the function. A recorded step ignores it.
+            name: The step's name in this flow. Unless given: the function's name, with `#2` and so on for
+                later calls; give one where the order of calls may differ from run to run.
+            timeout: Seconds an attempt may take, instead of the task's own.
+            retry: How failures are tried again, instead of the task's own.
+
+        Raises:
+            ChildError: The child ended without a result.
+            CancelPending: A cancel is requested, and the step has not begun.
+
+        Cancelling the wait leaves the child running; it ends with the flow at the latest.
+        """
+        definition = self._define(function, timeout=timeout, retry=retry)
+        step = self._name(name, definition.name)
+        drafts = [self._draft(definition, step, input)]
+        [outcome] = await self._outcomes(drafts, definition)
+        return _result(outcome, drafts[0])
+
+    async def map(
+        self,
+        function: str | Callable[..., Awaitable[Json]],
+        inputs: Iterable[Json],
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        return_outcomes: bool = False,
+    ) -> list[Any]:
+        """Run one child for each input, at most `limit` at once, and return the results in input order.
+
+        All children are seen to their end, whatever becomes of their siblings.
+
+        Args:
+            function: A registered task, its name, or any `async def fn(ctx, input)`.
+            inputs: One JSON value for each child; the child's step is `name[index]`.
+            name: The step's name in this flow, by default the function's.
+            limit: Most children of this step running at once; the runtime's usual limit unless given.
+            return_outcomes: Answer `Succeeded | Failed | TimedOut | Cancelled | Lost` for each input instead
+                of raising.
+
+        Raises:
+            ChildError: The first child, in input order, that ended without a result.
+            CancelPending: A cancel is requested, and part of the step has not begun.
+
+        Cancelling the wait leaves the children running; they end with the flow at the latest.
+        """
+        definition = self._define(function)
+        step = self._name(name, definition.name)
+        most = None if limit is None else arguments.count(limit, "limit")
+        drafts = [
+            self._draft(definition, f"{step}[{index}]", value, group=step, limit=most)
+            for index, value in enumerate(inputs)
+        ]
+        outcomes = await self._outcomes(drafts, definition)
+        if return_outcomes:
+            return list(outcomes)
+        return [_result(outcome, draft) for outcome, draft in zip(outcomes, drafts, strict=True)]
+
+    async def once(self, name: str, function: Callable[[], Awaitable[Json]]) -> Json:
+        """Run `function()` as a step and return its result; answer from the record if it has run before.
+
+        For effects written inline: `await flow.once("post", lambda: post(message))`. If the process dies
+        between the effect and its record, the function runs again as a new attempt.
+
+        Raises:
+            ChildFailed: The function raised.
+            CancelPending: A cancel is requested, and the step has not begun.
+        """
+
+        async def call(_context: TaskContext, _input: Json) -> Json:
+            return await function()
+
+        step = arguments.text(name, "name")
+        definition = TaskDefinition(name=step, function=call)
+        drafts = [self._draft(definition, step, UNSET)]
+        [outcome] = await self._outcomes(drafts, definition)
+        return _result(outcome, drafts[0])
+
+    # ---- the flow itself --------------------------------------------------------------------------
+
+    async def update(
+        self, *, current_step: str | UnsetType | None = UNSET, state_json: Json | UnsetType = UNSET
+    ) -> None:
+        """Set fields, durably. UNSET leaves alone, None clears.
+
+        live → the same status, revision + 1. Doing it again after a crash is harmless.
+
+        Raises:
+            RevisionConflict: Somebody else has changed the flow. Nothing was written.
+        """
+        patch = self._patch(current_step, state_json)
+        await self._mutate(lambda revision: Update(expected_revision=revision, patch=patch))
+
+    async def finish(
+        self, *, current_step: str | UnsetType | None = UNSET, state_json: Json | UnsetType = UNSET
+    ) -> None:
+        """End the flow as succeeded; children still running are stopped. Returning does the same."""
+        patch = self._patch(current_step, state_json)
+        await self._mutate(lambda revision: Finish(expected_revision=revision, patch=patch))
+
+    async def fail(
+        self,
+        *,
+        current_step: str | UnsetType | None = UNSET,
+        state_json: Json | UnsetType = UNSET,
+        blocked_task_id: str | None = None,
+        blocked_summary: str | None = None,
+    ) -> None:
+        """End the flow as failed; children still running are stopped. Raising does the same."""
+        patch = self._patch(current_step, state_json)
+        summary = arguments.optional_text(blocked_summary, "blocked_summary")
+        await self._mutate(
+            lambda revision: Fail(
+                expected_revision=revision,
+                patch=patch,
+                blocked_task_id=UNSET if blocked_task_id is None else blocked_task_id,
+                blocked_summary=UNSET if summary is None else summary,
+                failure=Failure(kind="failed", message=summary),
+            )
+        )
+
+    async def _mutate(self, command: Callable[[int], Command]) -> None:
+        while True:
+            reply = await self._engine.ask_patiently(
+                self._key, command(self._flow.revision), _CONTROLLER
+            )
+            current = None if reply.doc is None else codec.read_flow(reply.doc)
+            if reply.refusal is None:
+                assert current is not None
+                self._flow = current
+                return
+            if (
+                reply.refusal.code is Code.REVISION_CONFLICT
+                and current is not None
+                and _differ_by_intent_only(self._flow, current)
+            ):
+                # Somebody asked for a cancel meanwhile; what this controller knows of its flow still holds.
+                self._flow = current
+                continue
+            raise_refusal(reply.refusal, current)
+
+    # ---- making steps -----------------------------------------------------------------------------
+
+    def _define(
+        self,
+        function: str | Callable[..., Awaitable[Json]],
+        *,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+    ) -> TaskDefinition:
+        definition = self._door.define(function)
+        if timeout is not None:
+            given = arguments.seconds(timeout, "timeout")
+            definition = msgspec.structs.replace(definition, timeout=given)
+        if retry is not None:
+            definition = msgspec.structs.replace(definition, retry=retry)
+        return definition
+
+    def _name(self, name: str | None, usual: str) -> str:
+        if name is not None:
+            return arguments.text(name, "name")
+        self._named[usual] += 1
+        turn = self._named[usual]
+        return usual if turn == 1 else f"{usual}#{turn}"
+
+    def _draft(
+        self,
+        definition: TaskDefinition,
+        step: str,
+        input: Json,
+        *,
+        group: str | None = None,
+        limit: int | None = None,
+    ) -> TaskDraft:
+        encoded = self._encode(input, "input")
+        if isinstance(encoded, msgspec.Struct):
+            error = errors.StateTooLarge if encoded.code == "state_too_large" else None
+            raise (error or errors.InvalidState)(encoded.reason)
+        launch = self._door.launch(definition, group=None if limit is None else group, limit=limit)
+        return TaskDraft(
+            key=self._engine.store.next_key(),
+            task_id=self._engine.ids.task_id(),
+            runtime=LAUNCHED_RUNTIME,
+            task=definition.name,
+            run_id=step,
+            input_json=encoded,
+            timeout=definition.timeout,
+            launch=launch,
+        )
+
+    async def _outcomes(
+        self, drafts: Sequence[TaskDraft], definition: TaskDefinition
+    ) -> list[Outcome]:
+        """The outcome of each draft's step, in order, however each comes to have one."""
+        ends: list[asyncio.Future[bytes] | str] = []
+        for start in range(0, len(drafts), _MAP_CHUNK):
+            ends.extend(await self._begin(drafts[start : start + _MAP_CHUNK], definition))
+        recorded = await self._recorded([end for end in ends if isinstance(end, str)])
+        outcomes: list[Outcome] = []
+        for end in ends:
+            task = recorded[end] if isinstance(end, str) else codec.read_task(await end)
+            outcomes.append(outcome_of(task))
+        return outcomes
+
+    async def _begin(
+        self, drafts: Sequence[TaskDraft], definition: TaskDefinition
+    ) -> list[asyncio.Future[bytes] | str]:
+        """Add the children; answer for each the future of its end, or its id if it ended long ago."""
+        engine = self._engine
+        waiting = {draft.task_id: engine.task_ends.register(draft.task_id) for draft in drafts}
+        bound = [draft for draft in drafts if self._door.bind(self._key, draft, definition)]
+        reply = await engine.ask_patiently(self._key, AddTasks(drafts=tuple(drafts)), _CONTROLLER)
+        if reply.refusal is not None:
+            self._forget(waiting, bound)
+            raise_refusal(reply.refusal, None if reply.doc is None else codec.read_flow(reply.doc))
+        ends: list[asyncio.Future[bytes] | str] = []
+        for draft, child in zip(drafts, reply.children, strict=True):
+            if isinstance(child, str):
+                ends.append(child)
+                self._forget({draft.task_id: waiting[draft.task_id]}, [draft])
+            elif child.task_id in waiting:
+                ends.append(waiting[child.task_id])
+            else:
+                # The step is under way already, begun by an earlier run of this controller.
+                ends.append(engine.task_ends.register(child.task_id))
+                waiting[draft.task_id].cancel()
+        return ends
+
+    def _forget(
+        self, waiting: dict[str, asyncio.Future[bytes]], bound: Sequence[TaskDraft]
+    ) -> None:
+        for future in waiting.values():
+            future.cancel()
+        for draft in bound:
+            self._door.forget(self._key, draft)
+
+    async def _recorded(self, task_ids: list[str]) -> dict[str, Task]:
+        if not task_ids:
+            return {}
+        scope = Scope(self._key.owner_key)
+        tasks = await self._engine.store.list_tasks(scope, self.flow_id, task_ids=task_ids)
+        return {task.task_id: task for task in tasks}
+
+    def _patch(self, current_step: str | UnsetType | None, state_json: Json | UnsetType) -> Patch:
+        return Patch(
+            current_step=arguments.patched_text(current_step, "current_step"),
+            state_json=UNSET if state_json is UNSET else self._encode(state_json, "state_json"),
+        )
+
+    def _encode(self, value: Json | UnsetType, name: str) -> Encoded | UnsetType:
+        if value is UNSET:
+            return UNSET
+        limits = self._engine.limits
+        encoded: Encoded = encode_json(
+            value, name=name, max_bytes=limits.state_bytes, max_depth=limits.json_depth
+        )
+        return encoded
+
+
+class CodeDoor:
+    """Where the engine finds code: registered by name, or handed over in memory for one child."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._bound: dict[tuple[FlowKey, str], Callable[..., Awaitable[Json]]] = {}
+        self._engine: Engine | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Tell the engine whose code this is."""
+        self._engine = engine
+
+    def define(self, function: str | Callable[..., Awaitable[Json]]) -> TaskDefinition:
+        """The definition of a registered task, or one made up for a bare function."""
+        definition = self.registry.definition_of(function)
+        if definition is not None:
+            return definition
+        if isinstance(function, str) or not callable(function):
+            raise TypeError(
+                f"run= takes a task function or its name, not {type(function).__name__}."
+            )
+        name = getattr(function, "__name__", type(function).__name__)
+        return TaskDefinition(name=name, function=function)
+
+    def launch(
+        self, definition: TaskDefinition, *, group: str | None = None, limit: int | None = None
+    ) -> Launch:
+        """How a child of this definition is run."""
+        registered = self.registry.tasks.get(definition.name)
+        known = registered is not None and registered.function is definition.function
+        return Launch(
+            function=definition.name if known else None,
+            on_restart=definition.on_restart,
+            retry=definition.retry,
+            group=group,
+            limit=limit,
+        )
+
+    def bind(self, key: FlowKey, draft: TaskDraft, definition: TaskDefinition) -> bool:
+        """Keep a bare function for the child that will run it; answers whether it was not kept already.
+
+        Kept by step name, so that a controller run again hands its function to the child of its earlier run.
+        """
+        if draft.launch is None or draft.launch.function is not None:
+            return False
+        name = (key, draft.run_id or draft.task_id)
+        is_new = name not in self._bound
+        self._bound[name] = definition.function
+        return is_new
+
+    def forget(self, key: FlowKey, task: StoredTask | TaskDraft) -> None:
+        """The child has ended."""
+        self._bound.pop((key, task.run_id or task.task_id), None)
+
+    def code_of(self, key: FlowKey, task: StoredTask) -> Callable[[], Awaitable[Json]] | None:
+        """The child's code with its context and input, ready to run."""
+        assert self._engine is not None and task.launch is not None
+        function = self._bound.get((key, task.run_id or task.task_id))
+        if function is None and task.launch.function is not None:
+            definition = self.registry.tasks.get(task.launch.function)
+            function = None if definition is None else definition.function
+        if function is None:
+            return None
+        context = TaskContext(self._engine, key, task)
+        found = function
+        return lambda: found(context, codec.decode_json(task.input_json))
+
+    async def drive(self, key: FlowKey, controller_id: str, doc: bytes) -> None:
+        """Run a flow's controller from the top."""
+        assert self._engine is not None
+        flow = FlowContext(self._engine, self, key, codec.read_flow(doc))
+        await self.registry.controllers[controller_id](flow)
+
+
+def _result(outcome: Outcome, draft: TaskDraft) -> Json:
+    match outcome:
+        case Succeeded(result):
+            return result
+        case Failed(failure):
+            raise errors.ChildFailed(draft.task_id, draft.run_id, failure)
+        case TimedOut(failure):
+            raise errors.ChildTimedOut(draft.task_id, draft.run_id, failure)
+        case Cancelled(failure):
+            raise errors.ChildCancelled(draft.task_id, draft.run_id, failure)
+        case Lost(failure):
+            raise errors.ChildLost(draft.task_id, draft.run_id, failure)
+
+
+def _differ_by_intent_only(mine: Flow, current: Flow) -> bool:
+    return current == msgspec.structs.replace(
+        mine,
+        revision=current.revision,
+        updated_at=current.updated_at,
+        cancel_requested_at=current.cancel_requested_at,
+    )

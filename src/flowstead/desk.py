@@ -1,0 +1,419 @@
+"""The desk: what every face of a runtime shares. It finds flows and children in a scope, and awaits ends.
+
+The scope is part of every query, so a face bound to one owner cannot find anything else; the operator's face
+is the same desk with everybody in scope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Final
+
+from flowstead import arguments, errors
+from flowstead.controller import CodeDoor
+from flowstead.engine.engine import Engine
+from flowstead.engine.feed import Watcher
+from flowstead.engine.mailbox import Reply
+from flowstead.model.code import CANCEL_PENDING, TASK_NOT_FOUND, Code
+from flowstead.model.command import Cancel, CancelTask
+from flowstead.model.event import Event
+from flowstead.model.flow import Flow, FlowKey, FlowStatus, has_ended
+from flowstead.model.task import (
+    ACTIVE_TASK_STATUSES,
+    Outcome,
+    Task,
+    TaskStatus,
+    TaskSummary,
+    is_active,
+    outcome_of,
+)
+from flowstead.results import CancelReport, TaskCancelReport, error_for
+from flowstead.store import codec
+from flowstead.store.port import FlowQuery, Scope
+
+_REMEMBERED_TASKS: Final = 65_536
+_SHORTEST_PREFIX: Final = 4
+
+
+class TaskHomes:
+    """Which flow a child belongs to, for the children asked about lately. A child never moves."""
+
+    def __init__(self) -> None:
+        self._homes: OrderedDict[str, FlowKey] = OrderedDict()
+
+    def remember(self, task_id: str, key: FlowKey) -> None:
+        """Keep a child's flow; the oldest is forgotten beyond a bound."""
+        self._homes[task_id] = key
+        if len(self._homes) > _REMEMBERED_TASKS:
+            self._homes.popitem(last=False)
+
+    def find(self, task_id: str, scope: Scope) -> FlowKey | None:
+        """The child's flow, if it is remembered and in scope."""
+        key = self._homes.get(task_id)
+        return key if key is not None and scope.owner_key in (None, key.owner_key) else None
+
+
+class Office:
+    """One open runtime, as its faces see it."""
+
+    def __init__(self, engine: Engine, door: CodeDoor) -> None:
+        self.engine = engine
+        self.door = door
+        self.homes = TaskHomes()
+        self.creating: dict[tuple[str, str], asyncio.Future[Reply]] = {}
+        """Creates under way, by owner and idempotency key."""
+        self._loop = asyncio.get_running_loop()
+        self._closed: str | None = None
+
+    def close(self, reason: str) -> None:
+        """Refuse every further call with this sentence."""
+        self._closed = reason
+
+    def enter(self) -> Engine:
+        """The engine, for a call made in the right place and at the right time.
+
+        Raises:
+            RuntimeClosed: The runtime is closed.
+            RuntimeError: The call comes from another event loop.
+        """
+        if self._closed is not None:
+            raise errors.RuntimeClosed(self._closed)
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "This runtime belongs to another event loop. Open one in this loop, or send the call"
+                " there with asyncio.run_coroutine_threadsafe."
+            )
+        return self.engine
+
+
+class Desk:
+    """Reads, waits and cancels within one scope."""
+
+    def __init__(self, office: Office, scope: Scope, actor: str) -> None:
+        self._office = office
+        self._scope = scope
+        self._actor = actor
+
+    # ---- reading ----------------------------------------------------------------------------------
+
+    async def get(self, flow_id: str) -> Flow | None:
+        """The flow as committed, or None: no such flow, or another owner's."""
+        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        if wanted is None:
+            return None
+        if self._scope.owner_key is not None:
+            doc = engine.doc_of(FlowKey(self._scope.owner_key, wanted))
+            if doc is not None:
+                return codec.read_flow(doc)
+        return await engine.store.find_flow(self._scope, wanted)
+
+    async def list(
+        self,
+        *,
+        status: str | Iterable[str] | None = None,
+        controller_id: str | None = None,
+        correlation_id: str | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> builtins.list[Flow]:
+        """Flows, newest first, at most `limit` of them.
+
+        Args:
+            status: One status or several.
+            controller_id: Only flows of this controller.
+            correlation_id: Only flows of this business process.
+            limit: The size of a page.
+            after: The last flow id of the page before.
+
+        Raises:
+            ValueError: A status that does not exist, or `after` names no flow.
+        """
+        engine = self._office.enter()
+        query = FlowQuery(
+            statuses=arguments.choices(status, FlowStatus, "status"),
+            controller_id=arguments.optional_text(controller_id, "controller_id"),
+            correlation_id=arguments.optional_text(correlation_id, "correlation_id"),
+            before_key=None if after is None else await self._cursor(after),
+        )
+        return await engine.store.list_flows(self._scope, query, arguments.count(limit, "limit"))
+
+    async def find_latest(self) -> Flow | None:
+        """The newest flow, ended or not."""
+        found = await self.list(limit=1)
+        return found[0] if found else None
+
+    async def resolve(self, token: str) -> Flow | None:
+        """The flow a person means: by its id, the session's own key, a correlation id, or the start of an id.
+
+        The session's key, and a correlation id several flows share, stand for the newest live flow, or the
+        newest at all. The start of an id counts from four characters on and only if it fits one flow.
+        """
+        wanted = arguments.lookup(token, "token")
+        wanted = wanted.strip() if wanted else None
+        if not wanted:
+            return None
+        if (flow := await self.get(wanted)) is not None:
+            return flow
+        if wanted == self._scope.owner_key:
+            return await self._newest(FlowQuery())
+        if (flow := await self._newest(FlowQuery(correlation_id=wanted))) is not None:
+            return flow
+        if len(wanted) < _SHORTEST_PREFIX:
+            return None
+        store = self._office.enter().store
+        found = await store.list_flows(self._scope, FlowQuery(id_prefix=wanted), 2)
+        return found[0] if len(found) == 1 else None
+
+    async def get_task_summary(self, flow_id: str) -> TaskSummary | None:
+        """Counts of the flow's children, from an index."""
+        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        return None if wanted is None else await engine.store.summarize(self._scope, wanted)
+
+    async def get_task(self, task_id: str) -> Task | None:
+        """The child as committed, or None."""
+        engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
+        found = None if wanted is None else await engine.store.find_task(self._scope, wanted)
+        return None if found is None else found[1]
+
+    async def list_tasks(
+        self, flow_id: str, *, status: str | Iterable[str] | None = None
+    ) -> builtins.list[Task]:
+        """The flow's children, oldest first; empty for a flow that is not there."""
+        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        statuses = arguments.choices(status, TaskStatus, "status")
+        if wanted is None:
+            return []
+        return await engine.store.list_tasks(self._scope, wanted, statuses=statuses)
+
+    async def history(
+        self, flow_id: str, *, after_seq: int = 0, limit: int = 1000
+    ) -> builtins.list[Event]:
+        """What happened to the flow, in order, from `seq` 1; empty for a flow that is not there."""
+        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        after = arguments.optional_sequence_number(after_seq, "after_seq") or 0
+        most = arguments.count(limit, "limit")
+        if wanted is None:
+            return []
+        return await engine.store.history(self._scope, wanted, after_seq=after, limit=most)
+
+    def watch(
+        self,
+        flow_id: str | None = None,
+        *,
+        after_seq: int | None = None,
+        after_position: int | None = None,
+    ) -> Watcher:
+        """Events as they are committed: `async with flows.watch(id) as events: async for event in events`.
+
+        Without gaps, each once, in order. A watcher that falls behind reads on from the history; it holds
+        nobody up.
+
+        Args:
+            flow_id: One flow; every flow of the session unless given.
+            after_seq: For one flow: resume after this `seq`. 0 for the beginning, None for from now on.
+            after_position: For all flows: resume after this `position`.
+
+        Raises:
+            FlowNotFound: On entering: no such flow.
+        """
+        engine = self._office.enter()
+        if flow_id is None:
+            if after_seq is not None:
+                raise ValueError("after_seq counts inside one flow; use after_position for all.")
+            after = arguments.optional_sequence_number(after_position, "after_position")
+            return engine.feed.watch(self._scope, None, after)
+        if after_position is not None:
+            raise ValueError("after_position counts over all flows; use after_seq for one.")
+        after = arguments.optional_sequence_number(after_seq, "after_seq")
+        return engine.feed.watch(self._scope, arguments.lookup(flow_id, "flow_id") or "", after)
+
+    # ---- waiting ----------------------------------------------------------------------------------
+
+    async def result(self, flow_id: str) -> Flow:
+        """Wait for the flow to end and return it as it ended. Cancelling only stops the waiting.
+
+        Raises:
+            FlowNotFound: No such flow.
+            RuntimeClosed: The runtime was closed first; the flow goes on with the next one.
+        """
+        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        key = None if wanted is None else await self._find(wanted)
+        if key is None:
+            raise error_for(Code.NOT_FOUND, "Flow not found.")
+        end = engine.flow_ends.register(key)
+        try:
+            flow = await engine.store.find_flow(Scope(key.owner_key), key.flow_id)
+            if flow is not None and has_ended(flow):
+                return flow
+            return codec.read_flow(await end)
+        finally:
+            end.cancel()
+
+    async def wait_task(self, task_id: str) -> Outcome:
+        """Wait for the child to end and return its outcome. Cancelling only stops the waiting.
+
+        Raises:
+            FlowNotFound: No such child.
+            RuntimeClosed: The runtime was closed first.
+        """
+        engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
+        if wanted is None:
+            raise error_for(Code.NOT_FOUND, TASK_NOT_FOUND.reason)
+        end = engine.task_ends.register(wanted)
+        try:
+            found = await engine.store.find_task(self._scope, wanted)
+            if found is None:
+                raise error_for(Code.NOT_FOUND, TASK_NOT_FOUND.reason)
+            if not is_active(found[1]):
+                return outcome_of(found[1])
+            return outcome_of(codec.read_task(await end))
+        finally:
+            end.cancel()
+
+    # ---- cancelling -------------------------------------------------------------------------------
+
+    async def cancel(
+        self, flow_id: str, *, expected_revision: int | None = None, grace: float = 5.0
+    ) -> CancelReport:
+        """End the flow as cancelled: stamp the intent, stop its code, and wait up to `grace` seconds for it.
+
+        live → intent, revision + 1 → every child stopped → cancelled, revision + 1. `cancelled=True` is
+        answered only when no code of the flow runs any more; otherwise `code="cancel_pending"`, and the flow
+        ends when its code does. Cancelling the caller does not take the intent back.
+        """
+        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        expected = arguments.optional_revision(expected_revision)
+        patience = arguments.seconds(grace, "grace")
+        assert patience is not None
+        key = None if wanted is None else await self._find(wanted)
+        if key is None:
+            return CancelReport(
+                found=False, cancelled=False, code=Code.NOT_FOUND, reason="Flow not found."
+            )
+        end = engine.flow_ends.register(key)
+        try:
+            reply = await engine.ask(key, Cancel(expected_revision=expected), self._actor)
+            if reply.refusal is not None:
+                return await self._cancel_refused(key, reply)
+            await _wait_at_most(engine, end, patience)
+            return await self._cancel_report(key)
+        finally:
+            end.cancel()
+
+    async def _cancel_refused(self, key: FlowKey, reply: Reply) -> CancelReport:
+        assert reply.refusal is not None
+        found = reply.refusal.code is not Code.NOT_FOUND
+        return CancelReport(
+            found=found,
+            cancelled=False,
+            code=reply.refusal.code,
+            reason=reply.refusal.reason,
+            flow=None if reply.doc is None else codec.read_flow(reply.doc),
+            tasks=await self._tasks_of(key) if found else [],
+        )
+
+    async def _cancel_report(self, key: FlowKey) -> CancelReport:
+        flow = await self._office.engine.store.find_flow(Scope(key.owner_key), key.flow_id)
+        assert flow is not None
+        if not has_ended(flow):
+            return CancelReport(
+                found=True,
+                cancelled=False,
+                code=CANCEL_PENDING.code,
+                reason=CANCEL_PENDING.reason,
+                flow=flow,
+                tasks=await self._tasks_of(key, [status.value for status in ACTIVE_TASK_STATUSES]),
+            )
+        cancelled = flow.status is FlowStatus.CANCELLED
+        return CancelReport(
+            found=True,
+            cancelled=cancelled,
+            code=None if cancelled else Code.TERMINAL,
+            reason=None if cancelled else f"Flow is already {flow.status.value}.",
+            flow=flow,
+            tasks=await self._tasks_of(key),
+        )
+
+    async def cancel_task(self, task_id: str, *, grace: float = 5.0) -> TaskCancelReport:
+        """Stop one child and wait up to `grace` seconds for its end. The flow goes on without it."""
+        engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
+        patience = arguments.seconds(grace, "grace")
+        assert patience is not None
+        missing = TaskCancelReport(found=False, cancelled=False, reason=TASK_NOT_FOUND.reason)
+        found = None if wanted is None else await engine.store.find_task(self._scope, wanted)
+        if found is None or wanted is None:
+            return missing
+        key, task = found
+        if is_active(task):
+            end = engine.task_ends.register(wanted)
+            try:
+                reply = await engine.ask(key, CancelTask(task_id=wanted), self._actor)
+                # Not found any more: it ended between our look and its turn.
+                if reply.refusal is None:
+                    await _wait_at_most(engine, end, patience)
+                elif reply.refusal.code is not Code.NOT_FOUND:
+                    return TaskCancelReport(
+                        found=True, cancelled=False, reason=reply.refusal.reason, task=task
+                    )
+            finally:
+                end.cancel()
+            found = await engine.store.find_task(self._scope, wanted)
+            if found is None:
+                return missing
+            task = found[1]
+            if task.status is TaskStatus.CANCELLED:
+                return TaskCancelReport(found=True, cancelled=True, task=task)
+            if is_active(task):
+                reason = "Task has not stopped yet; it ends when its code does."
+                return TaskCancelReport(found=True, cancelled=False, reason=reason, task=task)
+        reason = f"Task is already {task.status.value}."
+        return TaskCancelReport(found=True, cancelled=False, reason=reason, task=task)
+
+    # ---- finding ----------------------------------------------------------------------------------
+
+    async def _find(self, flow_id: str) -> FlowKey | None:
+        """The key of a flow in scope."""
+        if self._scope.owner_key is not None:
+            key = FlowKey(self._scope.owner_key, flow_id)
+            if self._office.engine.doc_of(key) is not None:
+                return key
+        flow = await self._office.engine.store.find_flow(self._scope, flow_id)
+        return None if flow is None else FlowKey(flow.owner_key, flow.flow_id)
+
+    async def _newest(self, query: FlowQuery) -> Flow | None:
+        store = self._office.enter().store
+        live = FlowQuery(correlation_id=query.correlation_id, live=True)
+        for asked in (live, query):
+            if found := await store.list_flows(self._scope, asked, 1):
+                return found[0]
+        return None
+
+    async def _cursor(self, after: str) -> int:
+        wanted = arguments.lookup(after, "after")
+        store = self._office.engine.store
+        key = None if wanted is None else await store.key_of(self._scope, wanted)
+        if key is None:
+            raise ValueError(f"after={after!r:.80} names no flow; pass the last flow_id of a page.")
+        return key
+
+    async def _tasks_of(
+        self, key: FlowKey, statuses: Iterable[str] | None = None
+    ) -> builtins.list[Task]:
+        store = self._office.engine.store
+        return await store.list_tasks(
+            Scope(key.owner_key), key.flow_id, statuses=tuple(statuses or ())
+        )
+
+
+async def _wait_at_most(engine: Engine, end: asyncio.Future[bytes], seconds: float) -> None:
+    """Wait for an end, by the runtime's clock, and no longer than this."""
+    late = asyncio.get_running_loop().create_future()
+    timer = engine.clock.call_later(seconds, late.cancel)
+    try:
+        await asyncio.wait({end, late}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        timer.cancel()
+        late.cancel()

@@ -1,0 +1,1 @@
+"""Motion: clocks, mailboxes, actors, the committer, the supervisor of running code, the feed of events."""

@@ -1,0 +1,323 @@
+"""The actor of one flow: a mailbox drained in turns, and the flow's memory between them.
+
+Theory of operation. An actor has no task. A call posts an envelope and schedules a turn on the event loop;
+the turn takes what waits, folds the rules over it, encodes the draft and submits it to the committer. Until
+the commit is answered no further turn is taken, so the draft never runs ahead of the disk by more than one
+transaction, and nothing, not even a refusal that names a revision, is answered before what it speaks about is
+durable. A turn that changes nothing is answered at once.
+
+Memory follows disk. When a commit fails the actor forgets the flow, draft and all, and the next turn starts
+from the stored snapshot. When it is idle for a while the engine lets go of it altogether.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Container
+from typing import Final, Protocol
+
+import msgspec
+
+from flowstead.engine.clock import Clock
+from flowstead.engine.committer import Committer
+from flowstead.engine.feed import Feed
+from flowstead.engine.loader import Loader
+from flowstead.engine.log import get_logger
+from flowstead.engine.mailbox import Envelope, Mailbox, Reply
+from flowstead.engine.timers import Timers
+from flowstead.engine.waiters import Waiters
+from flowstead.errors import OutcomeUnknown, StoreError
+from flowstead.model.code import Code, Refusal
+from flowstead.model.command import Recover
+from flowstead.model.effect import Effect
+from flowstead.model.flow import FlowKey, StoredFlow, has_ended
+from flowstead.model.limits import Limits
+from flowstead.model.task import StoredTask, is_active
+from flowstead.rules.children import Children
+from flowstead.rules.follow import due_at
+from flowstead.rules.turn import Turn
+from flowstead.rules.view import View
+from flowstead.store import codec
+from flowstead.store.codec import EventRow, FlowWrite, TaskRow
+from flowstead.store.port import Snapshot
+
+log = get_logger(__name__)
+
+_TURN: Final = 256
+
+
+class RunningCode(Protocol):
+    """What an actor needs from whoever runs children and controllers."""
+
+    @property
+    def running(self) -> Container[str]:
+        """Ids of children whose code runs here."""
+        ...
+
+    def is_driven(self, key: FlowKey) -> bool:
+        """Whether the flow's controller runs here."""
+        ...
+
+    def carry_out(self, key: FlowKey, effects: list[Effect]) -> None:
+        """Start and stop what has become due by a commit."""
+        ...
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the actors of one runtime share."""
+
+    clock: Clock
+    limits: Limits
+    loader: Loader
+    committer: Committer
+    feed: Feed
+    timers: Timers
+    code: RunningCode
+    controllers: Container[str]
+    functions: Container[str]
+    flow_ends: Waiters[FlowKey]
+    task_ends: Waiters[str]
+    rested: Callable[[Actor], None]
+
+
+class Draft(msgspec.Struct, frozen=True):
+    """A turn on its way to the disk: what to adopt and whom to tell once it is there."""
+
+    flow: StoredFlow
+    doc: bytes
+    seq: int
+    tasks: dict[str, StoredTask]
+    rows: list[TaskRow]
+    events: list[EventRow]
+    answers: list[tuple[Envelope, Reply]]
+    effects: list[Effect]
+
+
+class Actor:
+    """One flow in memory. `post` is all that callers need."""
+
+    __slots__ = (
+        "_around",
+        "_children",
+        "_doc",
+        "_draft",
+        "_flow",
+        "_is_loaded",
+        "_is_loading",
+        "_is_scheduled",
+        "_seq",
+        "_to_recover",
+        "key",
+        "mailbox",
+    )
+
+    def __init__(self, key: FlowKey, around: Surroundings, *, is_new: bool) -> None:
+        self.key = key
+        self.mailbox = Mailbox(around.limits.mailbox)
+        self._around = around
+        self._draft: Draft | None = None
+        self._flow: StoredFlow | None = None
+        self._doc: bytes | None = None
+        self._seq = 0
+        self._children = Children()
+        # A flow whose id has just been made up is not worth looking for.
+        self._is_loaded = is_new
+        self._is_loading = self._is_scheduled = self._to_recover = False
+
+    @property
+    def doc(self) -> bytes | None:
+        """The flow's record as stored, if it is in memory."""
+        return self._doc
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits for this actor, so that it may be let go of."""
+        return not (self.mailbox or self._is_loading or self._is_scheduled or self._draft)
+
+    def post(self, envelope: Envelope, *, bounded: bool = True) -> None:
+        """Accept an envelope; its reply will be settled whatever happens to the caller.
+
+        Raises:
+            anyio.WouldBlock: The mailbox is full. The envelope was not accepted.
+        """
+        self.mailbox.put_nowait(envelope, bounded=bounded)
+        self._wake()
+
+    def nudge(self) -> None:
+        """Bring the flow back to memory, and with it in motion."""
+        self._wake()
+
+    # ---- loading ----------------------------------------------------------------------------------
+
+    def loaded(self, snapshot: Snapshot | Exception | None) -> None:
+        """The loader's answer."""
+        self._is_loading = False
+        if isinstance(snapshot, Exception):
+            for envelope in self.mailbox.take(len(self.mailbox)):
+                envelope.fail(snapshot)
+            log.error("flow.unreadable", flow_id=self.key.flow_id, reason=str(snapshot))
+            self._around.rested(self)
+            return
+        self._is_loaded = True
+        if snapshot is not None:
+            self._flow, self._doc, self._seq = snapshot.flow, snapshot.doc, snapshot.last_seq
+            self._children = Children(snapshot.active, snapshot.run_ids)
+            self._to_recover = True
+        self._wake()
+
+    def _forget(self) -> None:
+        self._flow = self._doc = None
+        self._seq = 0
+        self._children = Children()
+        self._is_loaded = self._to_recover = False
+
+    def _wake(self) -> None:
+        if self._is_scheduled or self._is_loading or self._draft is not None:
+            return
+        if self._is_loaded:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._take_turn)
+        else:
+            self._is_loading = True
+            self._around.loader.want(self)
+
+    # ---- the turn ---------------------------------------------------------------------------------
+
+    def _take_turn(self) -> None:
+        self._is_scheduled = False
+        envelopes = self.mailbox.take(_TURN)
+        try:
+            draft = self._fold(envelopes)
+        except Exception as error:
+            # A fault of ours must not leave callers waiting, nor half a draft in memory.
+            log.exception("turn.crashed", flow_id=self.key.flow_id)
+            self._forget()
+            for envelope in envelopes:
+                envelope.fail(error)
+            self._go_on()
+            return
+        if draft is not None:
+            self._draft = draft
+            self._around.committer.submit(self._write(draft), self)
+        else:
+            self._go_on()
+
+    def _fold(self, envelopes: list[Envelope]) -> Draft | None:
+        """Decide every envelope. What changed nothing is answered here, the rest is drafted."""
+        around = self._around
+        view = View(
+            self._flow,
+            self._children,
+            now=around.clock.now(),
+            limits=around.limits,
+            running=around.code.running,
+            driven=around.code.is_driven(self.key),
+            controllers=around.controllers,
+        )
+        turn = Turn(view, self._seq)
+        if self._to_recover:
+            turn.take(Recover(functions=around.functions), "runtime")
+            self._to_recover = False
+        docs = _Docs(self._flow, self._doc)
+        answers = []
+        for envelope in envelopes:
+            taken = turn.take(envelope.command, envelope.actor)
+            reply = Reply(docs.of(taken.flow), taken.refusal, taken.children)
+            answers.append((envelope, reply))
+        flow = view.flow
+        if flow is None or not (turn.events or turn.tasks or flow is not self._flow):
+            self._settle(answers, turn.effects())
+            return None
+        doc = docs.of(flow)
+        assert doc is not None
+        return Draft(
+            flow,
+            doc,
+            self._seq + len(turn.events),
+            turn.tasks,
+            [
+                codec.task_row(task, fresh=task.task_id in turn.created)
+                for task in turn.tasks.values()
+            ],
+            [codec.event_row(flow.key, event) for event in turn.events],
+            answers,
+            turn.effects(),
+        )
+
+    def _write(self, draft: Draft) -> FlowWrite:
+        row = None
+        if draft.flow is not self._flow:
+            row = codec.flow_row(
+                draft.flow,
+                draft.doc,
+                due_at=due_at(draft.flow, self._around.limits),
+                expected_revision=None if self._flow is None else self._flow.revision,
+            )
+        return FlowWrite(row, draft.rows, draft.events)
+
+    # ---- the commit's answer ----------------------------------------------------------------------
+
+    def committed(self, first_position: int) -> None:
+        """The draft is durable: adopt it, answer, announce, and set in motion what it asks for."""
+        draft, around = self._draft, self._around
+        assert draft is not None
+        ended_before = self._flow is not None and has_ended(self._flow)
+        self._draft = None
+        self._flow, self._doc, self._seq = draft.flow, draft.doc, draft.seq
+        for envelope, reply in draft.answers:
+            envelope.answer(reply)
+        around.feed.announce(self.key, draft.events, first_position)
+        self._tell_ends(draft, ended_before)
+        if (at := due_at(draft.flow, around.limits)) is not None:
+            around.timers.note(at, self.key)
+        around.code.carry_out(self.key, draft.effects)
+        self._go_on()
+
+    def failed(self, error: StoreError) -> None:
+        """The draft is not on disk, or nobody knows: drop it, say so, start again from the snapshot."""
+        draft = self._draft
+        assert draft is not None
+        self._draft = None
+        unknown = isinstance(error, OutcomeUnknown)
+        code = Code.OUTCOME_UNKNOWN if unknown else Code.PERSIST_FAILED
+        reply = Reply(None if unknown else self._doc, Refusal(code, str(error)))
+        self._forget()
+        for envelope, _ in draft.answers:
+            envelope.answer(reply)
+        self._go_on()
+
+    def _settle(self, answers: list[tuple[Envelope, Reply]], effects: list[Effect]) -> None:
+        for envelope, reply in answers:
+            envelope.answer(reply)
+        if effects:
+            self._around.code.carry_out(self.key, effects)
+
+    def _tell_ends(self, draft: Draft, ended_before: bool) -> None:
+        around = self._around
+        for task in draft.tasks.values():
+            if not is_active(task):
+                if around.task_ends.wanted(task.task_id):
+                    around.task_ends.settle(task.task_id, codec.encode(task))
+            elif task.next_attempt_at is not None:
+                around.timers.note(task.next_attempt_at, self.key)
+        if has_ended(draft.flow) and not ended_before:
+            around.flow_ends.settle(self.key, draft.doc)
+
+    def _go_on(self) -> None:
+        if self.mailbox:
+            self._wake()
+        else:
+            self._around.rested(self)
+
+
+class _Docs:
+    """Encoded records of the flow as it passes through a turn, each made once and only if asked for."""
+
+    def __init__(self, flow: StoredFlow | None, doc: bytes | None) -> None:
+        self._flow, self._doc = flow, doc
+
+    def of(self, flow: StoredFlow | None) -> bytes | None:
+        if flow is not self._flow:
+            self._flow = flow
+            self._doc = None if flow is None else codec.encode(flow)
+        return self._doc

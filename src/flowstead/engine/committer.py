@@ -1,0 +1,119 @@
+"""The committer: one task writes for everybody, a batch at a time.
+
+Theory of operation. Whatever was submitted while the last transaction ran goes into the next one. There are no
+timers and no waiting when idle: a lone write is committed at once, a thousand at the same moment share one
+fsync. The task belongs to the runtime and is reached by no flow's cancel scope, so a batch that has begun is
+always seen to its end.
+
+A write that does not fit the stored rows would fail its whole batch; the batch is then written one by one, so
+that only the misfit is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from flowstead.engine.log import get_logger
+from flowstead.errors import CommitFailed, OutcomeUnknown, StoreError, StoreInUse, WriteConflict
+from flowstead.store.codec import FlowWrite
+from flowstead.store.port import Store
+
+log = get_logger(__name__)
+
+
+class Writer(Protocol):
+    """Whoever submitted a write: told exactly once what became of it."""
+
+    def committed(self, first_position: int) -> None:
+        """The write is durable; its first event got this position."""
+        ...
+
+    def failed(self, error: StoreError) -> None:
+        """The write is not there, or, for `OutcomeUnknown`, nobody knows."""
+        ...
+
+
+class CommitStatistics:
+    """Counters since the runtime was opened."""
+
+    __slots__ = ("batches", "failed", "largest_batch", "writes")
+
+    def __init__(self) -> None:
+        self.batches = self.writes = self.failed = self.largest_batch = 0
+
+
+class Committer:
+    """Submit writes; `run` commits them until told to stop and nothing is left."""
+
+    def __init__(self, store: Store, batch: int, on_lost: Callable[[], object]) -> None:
+        self._store = store
+        self._batch = batch
+        self._on_lost = on_lost
+        self._pending: deque[tuple[FlowWrite, Writer]] = deque()
+        self._wanted: asyncio.Event = asyncio.Event()
+        self._stopping = False
+        self.statistics = CommitStatistics()
+
+    def submit(self, write: FlowWrite, writer: Writer) -> None:
+        """Queue an encoded write for the next batch."""
+        self._pending.append((write, writer))
+        self._wanted.set()
+
+    def stop(self) -> None:
+        """Let `run` return once everything submitted has been answered."""
+        self._stopping = True
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Commit until stopped. One caller, for the life of the runtime."""
+        while True:
+            if self._pending:
+                await self._store.upkeep(idle=False)
+                await self._commit(self._take())
+                continue
+            if self._stopping:
+                return
+            self._wanted.clear()
+            await self._store.upkeep(idle=True)
+            if not self._pending and not self._stopping:
+                await self._wanted.wait()
+
+    def _take(self) -> list[tuple[FlowWrite, Writer]]:
+        return [self._pending.popleft() for _ in range(min(self._batch, len(self._pending)))]
+
+    async def _commit(self, batch: list[tuple[FlowWrite, Writer]]) -> None:
+        counts = self.statistics
+        counts.batches += 1
+        counts.largest_batch = max(counts.largest_batch, len(batch))
+        try:
+            position = await self._store.commit([write for write, _ in batch])
+        except WriteConflict as conflict:
+            if len(batch) == 1:
+                self._refuse(batch, conflict)
+            else:
+                for ticket in batch:
+                    await self._commit([ticket])
+        except (CommitFailed, OutcomeUnknown, StoreInUse) as error:
+            if isinstance(error, StoreInUse):
+                # Somebody else acts on these flows now: code that runs here must not go on.
+                self._on_lost()
+            self._refuse(batch, error)
+        except Exception as error:
+            # A fault of the store's own: what it left behind is known only after reading.
+            unknown = OutcomeUnknown(f"{self._store.name} failed unexpectedly: {error!r}.")
+            unknown.__cause__ = error
+            self._refuse(batch, unknown)
+        else:
+            counts.writes += len(batch)
+            for write, writer in batch:
+                writer.committed(position)
+                position += len(write.events)
+
+    def _refuse(self, batch: list[tuple[FlowWrite, Writer]], error: StoreError) -> None:
+        self.statistics.failed += len(batch)
+        log.error("commit.failed", writes=len(batch), error=type(error).__name__, reason=str(error))
+        for _, writer in batch:
+            writer.failed(error)

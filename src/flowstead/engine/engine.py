@@ -1,0 +1,285 @@
+"""The engine: the actors of one store, and everything they share, from opening to closing.
+
+It routes commands to actors by flow key, brings flows into memory when they are asked for and lets go of them
+when they are idle, and sets in motion again what an earlier process left unfinished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Final
+
+import anyio
+import msgspec
+
+from flowstead.engine.actor import Actor, Surroundings
+from flowstead.engine.clock import Clock, Handle, Ids
+from flowstead.engine.committer import Committer
+from flowstead.engine.feed import Feed
+from flowstead.engine.loader import Loader
+from flowstead.engine.log import get_logger
+from flowstead.engine.mailbox import Envelope, Reply
+from flowstead.engine.supervisor import Door, Supervisor
+from flowstead.engine.timers import Timers
+from flowstead.engine.waiters import Waiters
+from flowstead.errors import RuntimeClosed
+from flowstead.model.code import MAILBOX_FULL
+from flowstead.model.command import Command, ReleaseTasks, Tick
+from flowstead.model.flow import FlowKey
+from flowstead.model.limits import Limits
+from flowstead.store.port import Store
+
+log = get_logger(__name__)
+
+_RECOVERY_PAGE: Final = 256
+_LET_GO_AT_ONCE: Final = 2_000
+_RUNTIME: Final = "runtime"
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What a runtime is doing right now, and has done since it was opened.
+
+    `flows_in_memory` counts actors, `running_children` children whose code runs, `waiting_mutations` envelopes
+    in mailboxes. `commits` counts transactions, `flow_writes` the flow turns in them.
+    """
+
+    flows_in_memory: int
+    running_children: int
+    waiting_mutations: int
+    commits: int
+    flow_writes: int
+    failed_writes: int
+    largest_batch: int
+
+
+class Engine:
+    """Actors over a store. Opened once, closed once."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Clock,
+        ids: Ids,
+        limits: Limits,
+        door: Door,
+        controllers: Collection[str],
+        functions: Collection[str],
+    ) -> None:
+        self.store = store
+        self.clock = clock
+        self.ids = ids
+        self.limits = limits
+        self._controllers = controllers
+        self.flow_ends: Waiters[FlowKey] = Waiters()
+        self.task_ends: Waiters[str] = Waiters()
+        self.feed = Feed(store, limits.watcher_events)
+        self.supervisor = Supervisor(
+            report=self.report, door=door, clock=clock, ids=ids, limits=limits
+        )
+        self.committer = Committer(store, limits.batch, on_lost=self.supervisor.stop)
+        self._loader = Loader(store)
+        self._timers = Timers(store, clock, self._tick)
+        self._around = Surroundings(
+            clock=clock,
+            limits=limits,
+            loader=self._loader,
+            committer=self.committer,
+            feed=self.feed,
+            timers=self._timers,
+            code=self.supervisor,
+            controllers=controllers,
+            functions=functions,
+            flow_ends=self.flow_ends,
+            task_ends=self.task_ends,
+            rested=self._rested,
+        )
+        # Least recently asked first; an actor that goes is only memory, its flow is in the store.
+        self._actors: OrderedDict[FlowKey, tuple[Actor, int]] = OrderedDict()
+        self._sweep: Handle | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._quiet: asyncio.Event | None = None
+        self._is_closed = False
+        self.unregistered: dict[str, int] = {}
+
+    # ---- asking -----------------------------------------------------------------------------------
+
+    def ask(
+        self, key: FlowKey, command: Command, actor: str, *, is_new: bool = False
+    ) -> asyncio.Future[Reply]:
+        """Post a command; the future is settled once what it says is durable.
+
+        Cancelling the future changes nothing about the command. A full mailbox answers `overloaded` at once.
+        """
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        try:
+            self._actor(key, is_new).post(Envelope(command, actor, reply))
+        except anyio.WouldBlock:
+            reply.set_result(Reply(None, MAILBOX_FULL))
+        return reply
+
+    async def ask_patiently(self, key: FlowKey, command: Command, actor: str) -> Reply:
+        """Post a command as soon as the mailbox has room for it."""
+        while True:
+            await self._actor(key, False).mailbox.wait_for_room()
+            reply = await self.ask(key, command, actor)
+            if reply.refusal is not MAILBOX_FULL:
+                return reply
+
+    async def report(self, key: FlowKey, command: Command) -> Reply:
+        """A command of the runtime itself: always accepted, also while closing."""
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._actor(key, False).post(Envelope(command, _RUNTIME, reply), bounded=False)
+        return await reply
+
+    def doc_of(self, key: FlowKey) -> bytes | None:
+        """The stored record of a flow that is in memory."""
+        entry = self._actors.get(key)
+        return None if entry is None else entry[0].doc
+
+    def statistics(self) -> Statistics:
+        """Counts, without waiting."""
+        counts = self.committer.statistics
+        return Statistics(
+            flows_in_memory=len(self._actors),
+            running_children=self.supervisor.running_count,
+            waiting_mutations=sum(len(actor.mailbox) for actor, _ in self._actors.values()),
+            commits=counts.batches,
+            flow_writes=counts.writes,
+            failed_writes=counts.failed,
+            largest_batch=counts.largest_batch,
+        )
+
+    # ---- actors -----------------------------------------------------------------------------------
+
+    def _actor(self, key: FlowKey, is_new: bool) -> Actor:
+        entry = self._actors.get(key)
+        actor = Actor(key, self._around, is_new=is_new) if entry is None else entry[0]
+        self._actors[key] = (actor, self.clock.now())
+        self._actors.move_to_end(key)
+        if self._sweep is None and not self._is_closed:
+            self._sweep = self.clock.call_later(self.limits.idle_seconds, self._let_go)
+        return actor
+
+    def _rested(self, actor: Actor) -> None:
+        """An actor has nothing left to do. One without a flow is not worth keeping."""
+        entry = self._actors.get(actor.key)
+        if actor.doc is None and entry is not None and entry[0] is actor:
+            del self._actors[actor.key]
+        if self._quiet is not None and self._is_quiet():
+            self._quiet.set()
+
+    def _is_quiet(self) -> bool:
+        return all(actor.is_idle for actor, _ in self._actors.values())
+
+    def _let_go(self) -> None:
+        """Forget flows nobody has asked for lately; a few at a time, so that the loop never waits long."""
+        self._sweep = None
+        stale = self.clock.now() - round(self.limits.idle_seconds * 1000)
+        for _ in range(min(len(self._actors), _LET_GO_AT_ONCE)):
+            key, (actor, asked_at) = next(iter(self._actors.items()))
+            if asked_at > stale:
+                break
+            if actor.is_idle and not self.supervisor.has_code(key):
+                del self._actors[key]
+            else:
+                self._actors[key] = (actor, self.clock.now())
+                self._actors.move_to_end(key)
+        if not self._actors or self._is_closed:
+            return
+        _, oldest = next(iter(self._actors.values()))
+        wait = max(0.01, (oldest - stale) / 1000)
+        self._sweep = self.clock.call_later(wait, self._let_go)
+
+    def _tick(self, key: FlowKey) -> None:
+        if not self._is_closed:
+            reply = asyncio.get_running_loop().create_future()
+            self._actor(key, False).post(Envelope(Tick(), _RUNTIME, reply), bounded=False)
+
+    # ---- opening and closing ----------------------------------------------------------------------
+
+    async def open(self, *, takeover: bool) -> None:
+        """Take the store and start moving. Ready at once: what is unfinished is recovered beside.
+
+        Raises:
+            StoreInUse, StoreUnusable: Nothing was started.
+        """
+        await self.store.open(takeover=takeover)
+        for name, job in (
+            ("committer", self.committer.run),
+            ("loader", self._loader.run),
+            ("supervisor", self.supervisor.run),
+            ("timers", self._timers.run),
+            ("recovery", self._recover),
+        ):
+            task = asyncio.create_task(job(), name=f"flowstead {name}")
+            task.add_done_callback(_log_failure)
+            self._tasks.append(task)
+        # One step, so that the supervisor's task group stands before anything can be started in it.
+        await asyncio.sleep(0)
+
+    async def aclose(self) -> None:
+        """Stop code, answer everybody, flush, let go of the store.
+
+        Children stopped by this have no outcome and go back to the queue, their attempt unspent. Code that
+        does not stop within the grace is left behind and counts as interrupted.
+        """
+        committer, loader, supervisor, *others = self._tasks
+        self._is_closed = True
+        self._timers.close()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self.supervisor.stop()
+        await asyncio.wait({supervisor}, timeout=self.limits.shutdown_grace)
+        if not supervisor.done():
+            log.error("children.abandoned", running=self.supervisor.running_count)
+        await self._release()
+        self._quiet = asyncio.Event()
+        if not self._is_quiet():
+            await self._quiet.wait()
+        self.committer.stop()
+        await asyncio.wait({committer})
+        for task in (loader, *others):
+            task.cancel()
+        await asyncio.wait({loader, *others})
+        self.feed.close()
+        closed = RuntimeClosed("This runtime was closed while the call was waiting for an end.")
+        self.flow_ends.fail_all(closed)
+        self.task_ends.fail_all(closed)
+        await self.store.aclose()
+
+    async def _release(self) -> None:
+        interrupted = self.supervisor.interrupted
+        await asyncio.gather(
+            *(
+                self.report(key, ReleaseTasks(task_ids=tuple(task_ids)))
+                for key, task_ids in interrupted.items()
+            ),
+            return_exceptions=True,
+        )
+
+    async def _recover(self) -> None:
+        """Set in motion again what the last owner left unfinished, oldest first, page by page."""
+        if self._controllers:
+            counts = await self.store.count_by_controller()
+            self.unregistered = {
+                name: count for name, count in counts.items() if name not in self._controllers
+            }
+            for controller_id, flows in self.unregistered.items():
+                log.warning("controller.unregistered", controller_id=controller_id, flows=flows)
+        after = 0
+        while page := await self.store.list_unfinished(
+            self._controllers, after_key=after, limit=_RECOVERY_PAGE
+        ):
+            for _, key in page:
+                self._actor(key, False).nudge()
+            after = page[-1][0]
+            await self._loader.wait_idle()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """A job of the engine's own should not end by an exception; if it does, somebody must hear of it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("engine.job_failed", job=task.get_name(), error=repr(error))

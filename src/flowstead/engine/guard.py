@@ -1,0 +1,131 @@
+"""The guard around a child's code: whatever it does, exactly one outcome comes out, and nothing escapes.
+
+A child may raise anything, `SystemExit` and a `CancelledError` of its own included; swallow its cancellation;
+return what cannot be stored. None of it may reach the task group its siblings live in. Only one thing passes:
+a cancellation from outside that is not about this child, which is shutdown, and has no outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import anyio
+from msgspec import UNSET, UnsetType
+
+from flowstead.model.command import Defect, Encoded
+from flowstead.model.effect import StopReason
+from flowstead.model.flow import Failure, Json
+from flowstead.model.task import Cancelled, Failed, Outcome, Succeeded, TimedOut
+
+_LONGEST_MESSAGE: Final = 500
+
+
+class ChildScope:
+    """The cancel scope of one attempt of a child, and why it was cancelled, if it was."""
+
+    __slots__ = ("attempt", "reason", "scope")
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.scope = anyio.CancelScope()
+        self.reason: StopReason | None = None
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask the child to stop. The first reason counts."""
+        if self.reason is None:
+            self.reason = reason
+        self.scope.cancel()
+
+
+async def run_guarded(
+    child: ChildScope,
+    code: Callable[[], Awaitable[Json]],
+    encode_result: Callable[[Json], Encoded],
+) -> tuple[Outcome, Encoded | UnsetType]:
+    """Run a child's code to its one outcome, with the encoded result where it succeeded.
+
+    A child that returns although it was asked to cancel has succeeded; one that returns past its deadline has
+    timed out all the same.
+
+    Raises:
+        asyncio.CancelledError: The whole group is being cancelled, so there is no outcome.
+    """
+    outcome: Outcome | None = None
+    with child.scope:
+        try:
+            value = await code()
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and _was_cancelled_from_outside():
+                raise
+            outcome = _failed(error, child.reason)
+        else:
+            if child.reason is not StopReason.TIMED_OUT:
+                return _succeeded(encode_result, value)
+    return outcome or stopped(child.reason), UNSET
+
+
+def stopped(reason: StopReason | None, detail: str | None = None) -> Outcome:
+    """The outcome of a child that ended because its scope was cancelled."""
+    match reason:
+        case StopReason.TIMED_OUT:
+            message = "stopped at its deadline"
+            return TimedOut(Failure(kind="timed_out", message=_joined(message, detail)))
+        case StopReason.FLOW_ENDED:
+            message = "stopped because the flow ended"
+            return Cancelled(Failure(kind="cancelled", message=_joined(message, detail)))
+        case StopReason.CANCELLED | None:
+            message = "stopped on request"
+            return Cancelled(Failure(kind="cancelled", message=_joined(message, detail)))
+
+
+def describe(error: BaseException) -> Failure:
+    """An exception as a failure: its class, and one capped line of what it says."""
+    name = type(error).__qualname__
+    try:
+        said = str(error)
+    except BaseException:
+        said = "(its message could not be read)"
+    return Failure(
+        kind="exception", code=name, message=one_line(f"{name}: {said}" if said else name)
+    )
+
+
+def one_line(text: str) -> str:
+    """Text fit for a record and a terminal: no control characters, no surrogates, not too long."""
+    line = " ".join(text[: 4 * _LONGEST_MESSAGE].split())
+    line = "".join(char if char.isprintable() else "�" for char in line)
+    return line if len(line) <= _LONGEST_MESSAGE else line[: _LONGEST_MESSAGE - 1] + "…"
+
+
+def _succeeded(
+    encode_result: Callable[[Json], Encoded], value: Json
+) -> tuple[Outcome, Encoded | UnsetType]:
+    encoded = encode_result(value)
+    if isinstance(encoded, Defect):
+        return Failed(Failure(kind="bad_result", code=encoded.code, message=encoded.reason)), UNSET
+    return Succeeded(), encoded
+
+
+def _failed(error: BaseException, reason: StopReason | None) -> Outcome:
+    if isinstance(error, asyncio.CancelledError):
+        return Failed(
+            Failure(
+                kind="child_cancelled_itself",
+                code="CancelledError",
+                message="raised CancelledError although nobody had cancelled it",
+            )
+        )
+    failure = describe(error)
+    # Cleaning up after a stop went wrong: the stop is still what ended the child.
+    return Failed(failure) if reason is None else stopped(reason, failure.message)
+
+
+def _was_cancelled_from_outside() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _joined(message: str, detail: str | None) -> str:
+    return message if detail is None else f"{message}; then {detail}"

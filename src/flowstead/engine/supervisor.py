@@ -1,0 +1,308 @@
+"""The supervisor: runs children and controllers, one task group per flow, one cancel scope per child.
+
+Theory of operation. Commits hand over effects; the supervisor starts and stops code accordingly and reports
+ends as commands, through the same mailboxes as any caller. It does not know the actor: it is given `report`.
+A flow's crew (its task group) comes with the first code to run and goes with the last. An end that cannot be
+recorded is reported again until it can, because a child has to end exactly once; until then it counts as
+running.
+
+At shutdown the crews are cancelled. A child stopped that way has no outcome: its id is kept in `interrupted`,
+so that it can be put back in the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Container, Coroutine
+from functools import partial
+from typing import Any, Final, Protocol, TypeAlias
+
+import anyio
+from anyio.abc import TaskGroup
+
+from flowstead.engine.clock import Clock, Ids
+from flowstead.engine.guard import ChildScope, describe, run_guarded
+from flowstead.engine.log import get_logger
+from flowstead.engine.mailbox import Reply
+from flowstead.errors import CancelPending, FlowError
+from flowstead.model.code import Code
+from flowstead.model.command import (
+    Command,
+    ControllerStopped,
+    EndReport,
+    EnterController,
+    Fail,
+    Finish,
+    Patch,
+)
+from flowstead.model.effect import (
+    Effect,
+    StartController,
+    StartTask,
+    StopController,
+    StopReason,
+    StopTask,
+)
+from flowstead.model.flow import Failure, FlowKey, Json
+from flowstead.model.limits import Limits
+from flowstead.model.task import StoredTask
+from flowstead.rules.endings import may_retry
+from flowstead.rules.user_json import encode_json
+
+log = get_logger(__name__)
+
+_UNSETTLED: Final = frozenset({Code.PERSIST_FAILED, Code.OUTCOME_UNKNOWN})
+_REPORT_AGAIN_SECONDS: Final = 1.0
+
+
+Member: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+
+
+class Door(Protocol):
+    """Where the code comes from: the door knows registries and contexts, the engine does not."""
+
+    def code_of(self, key: FlowKey, task: StoredTask) -> Callable[[], Awaitable[Json]] | None:
+        """The child's code, ready to run, or None if nobody has it."""
+        ...
+
+    def forget(self, key: FlowKey, task: StoredTask) -> None:
+        """The child has ended; its code is not needed any more."""
+        ...
+
+    async def drive(self, key: FlowKey, controller_id: str, doc: bytes) -> None:
+        """Run the flow's controller from the top; `doc` is the flow as it enters."""
+        ...
+
+
+class Crew:
+    """The code of one flow: its task group and the scopes inside it."""
+
+    def __init__(self) -> None:
+        self.controller: anyio.CancelScope | None = None
+        self.members = 0
+        self.group: TaskGroup | None = None
+        self._waiting: list[Member] = []
+        self._empty = asyncio.Event()
+
+    async def host(self) -> None:
+        """Hold the task group for as long as it has members."""
+        async with anyio.create_task_group() as self.group:
+            waiting, self._waiting = self._waiting, []
+            for member in waiting:
+                self.group.start_soon(member)
+            await self._empty.wait()
+
+    def start(self, member: Member) -> None:
+        """Run a member, at once or as soon as the group stands."""
+        self.members += 1
+        if self.group is None:
+            self._waiting.append(member)
+        else:
+            self.group.start_soon(member)
+
+    def leave(self) -> bool:
+        """A member has ended; answers whether it was the last."""
+        self.members -= 1
+        if self.members == 0:
+            self._empty.set()
+        return self.members == 0
+
+    def cancel(self) -> None:
+        """Cancel every member."""
+        self._empty.set()
+        if self.group is not None:
+            self.group.cancel_scope.cancel()
+
+
+class Supervisor:
+    """Starts, stops and reports running code."""
+
+    def __init__(
+        self,
+        *,
+        report: Callable[[FlowKey, Command], Awaitable[Reply]],
+        door: Door,
+        clock: Clock,
+        ids: Ids,
+        limits: Limits,
+    ) -> None:
+        self._report = report
+        self._door = door
+        self._clock = clock
+        self._ids = ids
+        self._limits = limits
+        self._group: TaskGroup | None = None
+        self._children: dict[str, ChildScope] = {}
+        self._crews: dict[FlowKey, Crew] = {}
+        self._stopping = False
+        self.interrupted: dict[FlowKey, list[str]] = {}
+
+    @property
+    def running(self) -> Container[str]:
+        """Ids of children whose code runs here, or whose end is not recorded yet."""
+        return self._children
+
+    @property
+    def running_count(self) -> int:
+        """How many children run."""
+        return len(self._children)
+
+    def is_driven(self, key: FlowKey) -> bool:
+        """Whether the flow's controller runs here."""
+        crew = self._crews.get(key)
+        return crew is not None and crew.controller is not None
+
+    def has_code(self, key: FlowKey) -> bool:
+        """Whether any code of the flow runs here."""
+        return key in self._crews
+
+    async def run(self) -> None:
+        """Hold the crews until `stop`."""
+        async with anyio.create_task_group() as self._group:
+            await anyio.sleep_forever()
+
+    def stop(self) -> None:
+        """Cancel all code. Nothing is started any more, and ends without an outcome are not reported."""
+        self._stopping = True
+        if self._group is not None:
+            self._group.cancel_scope.cancel()
+
+    # ---- effects ----------------------------------------------------------------------------------
+
+    def carry_out(self, key: FlowKey, effects: list[Effect]) -> None:
+        """Start and stop what a commit has made due."""
+        for effect in effects:
+            match effect:
+                case StartTask(task):
+                    self._start_task(key, task)
+                case StopTask(task_id, reason):
+                    if child := self._children.get(task_id):
+                        child.stop(reason)
+                case StartController(controller_id):
+                    self._start_controller(key, controller_id)
+                case StopController():
+                    crew = self._crews.get(key)
+                    if crew is not None and crew.controller is not None:
+                        crew.controller.cancel()
+
+    def _start_task(self, key: FlowKey, task: StoredTask) -> None:
+        current = self._children.get(task.task_id)
+        if self._stopping or (current is not None and current.attempt == task.attempt):
+            return
+        child = self._children[task.task_id] = ChildScope(task.attempt)
+        self._crew(key).start(partial(self._run_task, key, task, child))
+
+    def _start_controller(self, key: FlowKey, controller_id: str) -> None:
+        if self._stopping or self.is_driven(key):
+            return
+        crew = self._crew(key)
+        crew.controller = anyio.CancelScope()
+        crew.start(partial(self._run_controller, key, controller_id, crew))
+
+    def _crew(self, key: FlowKey) -> Crew:
+        crew = self._crews.get(key)
+        if crew is None:
+            assert self._group is not None
+            crew = self._crews[key] = Crew()
+            self._group.start_soon(crew.host, name=f"flow {key.flow_id}")
+        return crew
+
+    def _leave(self, key: FlowKey) -> None:
+        if self._crews[key].leave():
+            del self._crews[key]
+
+    # ---- children ---------------------------------------------------------------------------------
+
+    async def _run_task(self, key: FlowKey, task: StoredTask, child: ChildScope) -> None:
+        timer = None
+        if task.timeout is not None:
+            timer = self._clock.call_later(task.timeout, partial(child.stop, StopReason.TIMED_OUT))
+        try:
+            end = await self._run_to_end(key, task, child)
+            await self._record(key, end)
+            if not may_retry(task, end.outcome):
+                self._door.forget(key, task)
+        finally:
+            if self._children.get(task.task_id) is child:
+                del self._children[task.task_id]
+            if timer is not None:
+                timer.cancel()
+            self._leave(key)
+
+    async def _run_to_end(self, key: FlowKey, task: StoredTask, child: ChildScope) -> EndReport:
+        try:
+            if self._stopping:
+                raise asyncio.CancelledError
+            code = self._door.code_of(key, task)
+            if code is None:
+                code = _no_code
+            outcome, result = await run_guarded(child, code, self._encode_result)
+        except asyncio.CancelledError:
+            self.interrupted.setdefault(key, []).append(task.task_id)
+            raise
+        return EndReport(
+            task_id=task.task_id,
+            attempt=task.attempt,
+            outcome=outcome,
+            result=result,
+            chance=self._ids.chance(),
+        )
+
+    def _encode_result(self, value: Json) -> Any:
+        limits = self._limits
+        return encode_json(
+            value, name="result", max_bytes=limits.state_bytes, max_depth=limits.json_depth
+        )
+
+    async def _record(self, key: FlowKey, end: Command) -> None:
+        """Report an end until it is on disk. Cancelling does not take back a report."""
+        while True:
+            reply = await self._report(key, end)
+            if reply.refusal is None or reply.refusal.code not in _UNSETTLED or self._stopping:
+                return
+            log.warning("end.not_recorded", flow_id=key.flow_id, reason=reply.refusal.reason)
+            again = asyncio.Event()
+            self._clock.call_later(_REPORT_AGAIN_SECONDS, again.set)
+            await again.wait()
+
+    # ---- controllers ------------------------------------------------------------------------------
+
+    async def _run_controller(self, key: FlowKey, controller_id: str, crew: Crew) -> None:
+        scope = crew.controller
+        assert scope is not None
+        end: Command = ControllerStopped()
+        try:
+            with scope:
+                entered = await self._report(key, EnterController())
+                if entered.refusal is None and entered.doc is not None:
+                    end = await self._drive(key, controller_id, entered.doc)
+            # From here on the flow is not driven any more, so that its end can be concluded.
+            crew.controller = None
+            await self._record(key, end)
+        finally:
+            if crew.controller is scope:
+                crew.controller = None
+            self._leave(key)
+
+    async def _drive(self, key: FlowKey, controller_id: str, doc: bytes) -> Command:
+        """Run the controller and say how it ended, as a command."""
+        try:
+            await self._door.drive(key, controller_id, doc)
+        except CancelPending:
+            return ControllerStopped()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            failure = Failure(kind="exception", code="CancelledError", message="raised by itself")
+        except BaseException as error:
+            failure = describe(error)
+            if not isinstance(error, FlowError):
+                log.warning("controller.failed", flow_id=key.flow_id, error=failure.code)
+        else:
+            return Finish(expected_revision=None, patch=Patch())
+        return Fail(expected_revision=None, patch=Patch(), failure=failure)
+
+
+async def _no_code() -> Json:
+    raise LookupError("no code is registered for this child")

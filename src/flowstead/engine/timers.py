@@ -1,0 +1,83 @@
+"""Due instants: one heap for the near future, one indexed query for the rest, one timer in all.
+
+A due instant lives in its row. Those within the horizon are in the heap as well; the far ones stay on disk
+until the horizon reaches them. A thousand parked flows therefore cost rows, not timers, and an idle runtime
+with nothing due arms nothing at all. A tick that comes twice is harmless: the rules look at the clock again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from typing import Final
+
+from flowstead.engine.clock import Clock, Handle
+from flowstead.model.flow import FlowKey
+from flowstead.store.port import Store
+
+HORIZON_MS: Final = 60_000
+_LONGEST_SECONDS: Final = 24 * 3600.0
+
+
+class Timers:
+    """Note what is due; `tick` is called for each flow when its instant has come."""
+
+    def __init__(self, store: Store, clock: Clock, tick: Callable[[FlowKey], object]) -> None:
+        self._store = store
+        self._clock = clock
+        self._tick = tick
+        self._heap: list[tuple[int, FlowKey]] = []
+        self._horizon = 0
+        self._armed: tuple[int, Handle] | None = None
+        self._look = asyncio.Event()
+
+    def note(self, at: int, key: FlowKey) -> None:
+        """A row with a due instant has just been committed."""
+        if at <= self._horizon:
+            heapq.heappush(self._heap, (at, key))
+        self._arm(at)
+
+    async def run(self) -> None:
+        """Fetch what comes due, for ever; cancelled at shutdown."""
+        after = 0
+        while True:
+            self._look.clear()
+            self._horizon = until = self._clock.now() + HORIZON_MS
+            for due in await self._store.list_due(after=after, until=until):
+                heapq.heappush(self._heap, (due.at, due.key))
+            after = until
+            self._tick_due()
+            if self._heap:
+                self._arm(self._heap[0][0])
+            elif (following := await self._store.next_due(after=until)) is not None:
+                self._arm(following)
+            await self._look.wait()
+
+    def close(self) -> None:
+        """Arm nothing any more."""
+        if self._armed is not None:
+            self._armed[1].cancel()
+            self._armed = None
+
+    def _arm(self, at: int) -> None:
+        """See to it that we look again at the instant, at the latest."""
+        if self._armed is not None:
+            if self._armed[0] <= at:
+                return
+            self._armed[1].cancel()
+        delay = min(max(0, at - self._clock.now()) / 1000, _LONGEST_SECONDS)
+        self._armed = (at, self._clock.call_later(delay, self._fire))
+
+    def _fire(self) -> None:
+        self._armed = None
+        self._tick_due()
+        if self._heap:
+            self._arm(self._heap[0][0])
+        else:
+            self._look.set()
+
+    def _tick_due(self) -> None:
+        now = self._clock.now()
+        while self._heap and self._heap[0][0] <= now:
+            self._tick(heapq.heappop(self._heap)[1])

@@ -1,0 +1,51 @@
+"""The event: one line of a flow's history, appended in the transaction that made it true."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from flowstead.model.flow import Json
+
+
+class EventType(StrEnum):
+    """What happened, as a fact in the past tense."""
+
+    FLOW_CREATED = "flow.created"
+    FLOW_STARTED = "flow.started"
+    FLOW_WAITING = "flow.waiting"
+    FLOW_BLOCKED = "flow.blocked"
+    FLOW_RESUMED = "flow.resumed"
+    FLOW_UPDATED = "flow.updated"
+    FLOW_SUCCEEDED = "flow.succeeded"
+    FLOW_FAILED = "flow.failed"
+    FLOW_CANCEL_REQUESTED = "flow.cancel_requested"
+    FLOW_CANCELLED = "flow.cancelled"
+    TASK_CREATED = "task.created"
+    TASK_STARTED = "task.started"
+    TASK_PROGRESSED = "task.progressed"
+    TASK_RETRY_SCHEDULED = "task.retry_scheduled"
+    TASK_RELEASED = "task.released"
+    TASK_ENDED = "task.ended"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """One fact about a flow or one of its children.
+
+    `seq` counts from 1 without gaps inside the flow; `position` grows over the whole store, in commit
+    order. `revision` is the flow's revision once the fact held. `actor` says on whose word it happened.
+    `changed` maps the wire names of the changed fields to their new values; together the events of a flow
+    tell its whole state at every revision.
+    """
+
+    flow_id: str
+    seq: int
+    position: int = 0
+    revision: int
+    at: int
+    type: str
+    actor: str
+    cause: str | None = None
+    task_id: str | None = None
+    changed: dict[str, Json] = {}

@@ -1,0 +1,121 @@
+"""The flow: one piece of durable work with one owner, one state bag and one revision.
+
+User JSON (`state_json`, `wait_json`, `requester_origin`) has two shapes. Inside the runtime it travels
+as `msgspec.Raw`: validated once at the door, never decoded, never shared. What is handed out is decoded
+afresh each time, so no caller can reach the runtime's memory through a record.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Final, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+Json: TypeAlias = Any
+"""Any value JSON can hold: str, int, finite float, bool, None, and lists and string-keyed dicts of these."""
+
+
+class SyncMode(StrEnum):
+    """Who may change a flow: its owner (`managed`), or only the one task it follows."""
+
+    MANAGED = "managed"
+    TASK_MIRRORED = "task_mirrored"
+
+
+class FlowStatus(StrEnum):
+    """Where a flow stands. The last four are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING = "waiting"
+    BLOCKED = "blocked"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+LIVE_FLOW_STATUSES: Final = frozenset(
+    {FlowStatus.QUEUED, FlowStatus.RUNNING, FlowStatus.WAITING, FlowStatus.BLOCKED}
+)
+
+
+class NotifyPolicy(StrEnum):
+    """Which changes of a flow its owner wants to hear of."""
+
+    DONE_ONLY = "done_only"
+    STATE_CHANGES = "state_changes"
+    SILENT = "silent"
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """Why something failed: `kind` for programs, `message` for people.
+
+    `kind` is a short snake_case word (`exception`, `timed_out`, `bad_result`, …), `code` the exception's
+    class name or a caller's own code, `message` one capped line without control characters.
+    """
+
+    kind: str
+    code: str | None = None
+    message: str | None = None
+
+
+class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """A flow as its owner sees it: a snapshot that never changes and shares nothing.
+
+    Instants are integer epoch milliseconds. `ended_at` is set exactly when the flow is final.
+    """
+
+    flow_id: str
+    sync_mode: SyncMode
+    owner_key: str
+    requester_origin: Json = None
+    controller_id: str | None = None
+    correlation_id: str | None = None
+    revision: int
+    status: FlowStatus
+    notify_policy: NotifyPolicy
+    goal: str
+    current_step: str | None = None
+    state_json: Json = None
+    state_version: int
+    wait_json: Json = None
+    blocked_task_id: str | None = None
+    blocked_summary: str | None = None
+    cancel_requested_at: int | None = None
+    parent_task_id: str | None = None
+    failure: Failure | None = None
+    created_at: int
+    updated_at: int
+    ended_at: int | None = None
+
+
+class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """A flow as the runtime keeps it: user JSON stays encoded, and bookkeeping rides along.
+
+    `key` is the store's number for the flow; ids are unique only per owner.
+    """
+
+    key: int
+    requester_origin: Raw | UnsetType = UNSET
+    state_json: Raw | UnsetType = UNSET
+    wait_json: Raw | UnsetType = UNSET
+    idempotency_key: str | None = None
+    request_digest: str | None = None
+
+
+def has_ended(flow: Flow) -> bool:
+    """Whether the flow is final. The one predicate for it."""
+    return flow.ended_at is not None
+
+
+class FlowKey(msgspec.Struct, frozen=True, order=True):
+    """A flow's name inside a store: ids are unique per owner, so a stranger's id names nothing."""
+
+    owner_key: str
+    flow_id: str
+
+    def __hash__(self) -> int:
+        return hash((self.owner_key, self.flow_id))

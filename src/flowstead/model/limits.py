@@ -1,0 +1,44 @@
+"""The bounds of a runtime. Over a bound the caller is refused at once; nothing is lost in silence."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds and grace periods of one runtime; sizes in bytes of encoded JSON, durations in seconds.
+
+    Attributes:
+        state_bytes: Largest `state_json`, task input or task result.
+        state_warn_bytes: Above this a committed state is logged as large (its size, never its content).
+        wait_bytes: Largest `wait_json` and `requester_origin`.
+        json_depth: Deepest nesting of lists and objects in user JSON.
+        mailbox: Most mutations waiting for one flow; one more is refused as `overloaded`.
+        running_children: Most launched children of one flow running at once, where no limit is given.
+        active_children: Most children of one flow without an outcome.
+        interruptions: Most crashes a launched child is started again after; then it is `lost`.
+        batch: Most flows written in one transaction.
+        cancel_grace: How long a requested cancel may stay without an end before the runtime ends the flow.
+        shutdown_grace: How long closing waits for children to stop.
+        idle_seconds: How long an idle flow stays in memory.
+        watcher_events: Most undelivered events kept for one watcher; beyond it the watcher reads the history.
+    """
+
+    state_bytes: int = 1024 * 1024
+    state_warn_bytes: int = 256 * 1024
+    wait_bytes: int = 64 * 1024
+    json_depth: int = 100
+    mailbox: int = 1024
+    running_children: int = 8
+    active_children: int = 100_000
+    interruptions: int = 16
+    batch: int = 512
+    cancel_grace: float = 60.0
+    shutdown_grace: float = 5.0
+    idle_seconds: float = 5.0
+    watcher_events: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Limits.{name} must be positive, not {getattr(self, name)}.")

@@ -1,0 +1,37 @@
+"""How often and how fast a failed child is tried again: a frozen policy, no state.
+
+The count and the next instant live in the child's row, so they survive restarts.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Retry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Try again after a failure or a time-out, at most `max_attempts` times in all.
+
+    The n-th retry waits `initial * factor ** (n - 1)` seconds, never more than `max_delay`; `jitter` takes
+    up to that share of the delay away, at random (0 for none, 1 for all of it).
+    """
+
+    max_attempts: int = 3
+    initial: float = 1.0
+    factor: float = 2.0
+    max_delay: float = 60.0
+    jitter: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"Retry.max_attempts must be at least 1, not {self.max_attempts}.")
+        if not (self.initial >= 0 and self.factor >= 1 and self.max_delay >= 0):
+            raise ValueError("Retry needs initial >= 0, factor >= 1 and max_delay >= 0.")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"Retry.jitter is a share between 0 and 1, not {self.jitter}.")
+
+    def delay_after(self, failures: int, chance: float) -> float:
+        """Seconds to wait after the given number of failures; `chance` in [0, 1) places the jitter."""
+        exponent = min(failures - 1, 64)
+        return min(self.initial * self.factor**exponent, self.max_delay) * (
+            1 - self.jitter * chance
+        )

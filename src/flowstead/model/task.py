@@ -1,0 +1,200 @@
+"""The child task: one piece of work under a flow, linked (run elsewhere) or launched (run here)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final, TypeAlias, assert_never
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from flowstead.model.flow import Failure, Json, NotifyPolicy
+from flowstead.model.retry import Retry
+
+
+class TaskStatus(StrEnum):
+    """Where a child stands. `queued` and `running` are active, the rest are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+ACTIVE_TASK_STATUSES: Final = frozenset({TaskStatus.QUEUED, TaskStatus.RUNNING})
+FAILED_TASK_STATUSES: Final = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.LOST})
+
+
+class TerminalOutcome(StrEnum):
+    """What a succeeded child says of its result: usable, or finished without one."""
+
+    SUCCEEDED = "succeeded"
+    BLOCKED = "blocked"
+
+
+class DeliveryStatus(StrEnum):
+    """How far the news of a child's end has come."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    SESSION_QUEUED = "session_queued"
+    FAILED = "failed"
+    PARENT_MISSING = "parent_missing"
+    NOT_APPLICABLE = "not_applicable"
+
+
+class OnRestart(StrEnum):
+    """What becomes of a launched child whose process died before its outcome was recorded."""
+
+    RETRY = "retry"
+    LOST = "lost"
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """A child task as its flow's owner sees it: a snapshot that shares nothing.
+
+    `attempt` counts starts, from 1; it is 0 while the child has never been started by this runtime.
+    """
+
+    task_id: str
+    flow_id: str
+    runtime: str
+    run_id: str | None = None
+    child_session_key: str | None = None
+    task: str
+    label: str | None = None
+    input_json: Json = None
+    status: TaskStatus
+    attempt: int = 0
+    max_attempts: int = 1
+    next_attempt_at: int | None = None
+    timeout: float | None = None
+    result_json: Json = None
+    failure: Failure | None = None
+    progress_summary: str | None = None
+    terminal_summary: str | None = None
+    terminal_outcome: TerminalOutcome | None = None
+    delivery_status: DeliveryStatus
+    notify_policy: NotifyPolicy
+    created_at: int
+    started_at: int | None = None
+    last_event_at: int | None = None
+    ended_at: int | None = None
+    cleanup_after: int | None = None
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """How the runtime runs a child itself; a linked child has none.
+
+    `function` names a registered task; without one the callable was handed over in memory and is gone
+    after a crash. Children of one `group` share its `limit`; without a group, the flow's own.
+    """
+
+    function: str | None = None
+    on_restart: OnRestart = OnRestart.RETRY
+    retry: Retry | None = None
+    group: str | None = None
+    limit: int | None = None
+
+
+class StoredTask(Task, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """A child as the runtime keeps it. `interruptions` counts attempts cut off by a crash."""
+
+    key: int
+    flow_key: int
+    input_json: Raw | UnsetType = UNSET
+    result_json: Raw | UnsetType = UNSET
+    launch: Launch | None = None
+    interruptions: int = 0
+
+
+def is_active(task: Task) -> bool:
+    """Whether the child has no outcome yet."""
+    return task.ended_at is None
+
+
+class Succeeded(msgspec.Struct, frozen=True, tag="succeeded", tag_field="status"):
+    """The child returned `result`."""
+
+    result: Json = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="status"):
+    """The child raised, or was reported as failed."""
+
+    failure: Failure
+
+
+class TimedOut(msgspec.Struct, frozen=True, tag="timed_out", tag_field="status"):
+    """The child was still running at its deadline and was stopped."""
+
+    failure: Failure
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag="cancelled", tag_field="status"):
+    """The child was stopped on request, or never started because of one."""
+
+    failure: Failure
+
+
+class Lost(msgspec.Struct, frozen=True, tag="lost", tag_field="status"):
+    """Nobody knows how the child ended; `failure.message` says why."""
+
+    failure: Failure
+
+
+Outcome: TypeAlias = Succeeded | Failed | TimedOut | Cancelled | Lost
+
+
+def outcome_status(outcome: Outcome) -> TaskStatus:
+    """The status a child ends with."""
+    match outcome:
+        case Succeeded():
+            return TaskStatus.SUCCEEDED
+        case Failed():
+            return TaskStatus.FAILED
+        case TimedOut():
+            return TaskStatus.TIMED_OUT
+        case Cancelled():
+            return TaskStatus.CANCELLED
+        case Lost():
+            return TaskStatus.LOST
+        case _:
+            assert_never(outcome)
+
+
+def outcome_of(task: Task) -> Outcome:
+    """The outcome an ended child's record stands for."""
+    failure = task.failure or Failure(kind=task.status.value)
+    match task.status:
+        case TaskStatus.SUCCEEDED:
+            return Succeeded(task.result_json)
+        case TaskStatus.FAILED:
+            return Failed(failure)
+        case TaskStatus.TIMED_OUT:
+            return TimedOut(failure)
+        case TaskStatus.CANCELLED:
+            return Cancelled(failure)
+        case TaskStatus.LOST:
+            return Lost(failure)
+        case TaskStatus.QUEUED | TaskStatus.RUNNING:
+            raise ValueError(f"task {task.task_id} has not ended; it is {task.status.value}")
+        case _:
+            assert_never(task.status)
+
+
+class TaskSummary(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Counts of a flow's children; every status and every usual runtime is present, zero or not.
+
+    `failures` counts failed, timed-out and lost children.
+    """
+
+    total: int
+    active: int
+    terminal: int
+    failures: int
+    by_status: dict[str, int]
+    by_runtime: dict[str, int]

@@ -1,0 +1,148 @@
+"""What the ledger face answers with: values that say what happened, and can raise it on request."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NoReturn
+
+import msgspec
+
+from flowstead import errors
+from flowstead.model.code import Code, Refusal
+from flowstead.model.flow import Flow
+from flowstead.model.task import Task
+
+_ERRORS: Final[dict[Code, Any]] = {
+    Code.NOT_FOUND: errors.FlowNotFound,
+    Code.NOT_MANAGED: errors.FlowNotManaged,
+    Code.REVISION_CONFLICT: errors.RevisionConflict,
+    Code.TERMINAL: errors.IllegalTransition,
+    Code.CANCEL_REQUESTED: errors.CancelPending,
+    Code.CANCEL_PENDING: errors.CancelPending,
+    Code.STATE_TOO_LARGE: errors.StateTooLarge,
+    Code.INVALID_STATE: errors.InvalidState,
+    Code.DUPLICATE: errors.FlowExists,
+    Code.FLOW_EXISTS: errors.FlowExists,
+    Code.NOT_LINKED: errors.TaskNotLinked,
+    Code.OVERLOADED: errors.MailboxFull,
+    Code.PERSIST_FAILED: errors.CommitFailed,
+    Code.OUTCOME_UNKNOWN: errors.OutcomeUnknown,
+}
+
+
+def error_for(code: Code, reason: str, current: Flow | None = None) -> errors.FlowError:
+    """The exception that says the same as a refusal."""
+    error: errors.FlowError = _ERRORS[code](reason, current)
+    return error
+
+
+def raise_refusal(refusal: Refusal, current: Flow | None = None) -> NoReturn:
+    """Raise a refusal as its exception."""
+    raise error_for(refusal.code, refusal.reason, current)
+
+
+class Applied(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+    """The mutation is durable; `flow` is the flow right after it."""
+
+    flow: Flow
+
+    @property
+    def applied(self) -> Literal[True]:
+        return True
+
+    @property
+    def code(self) -> None:
+        return None
+
+    def unwrap(self) -> Flow:
+        """The flow."""
+        return self.flow
+
+
+class Rejected(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+    """Nothing changed. `code` is for programs, `reason` for people, `current` the flow as it is now."""
+
+    code: Code
+    current: Flow | None = None
+    reason: str = ""
+
+    @property
+    def applied(self) -> Literal[False]:
+        return False
+
+    @property
+    def flow(self) -> Flow | None:
+        """The same as `current`."""
+        return self.current
+
+    def unwrap(self) -> NoReturn:
+        """Raise what this rejection stands for."""
+        raise error_for(self.code, self.reason, self.current)
+
+
+class Created(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+    """The child exists; `flow` is its flow, whose revision the child has not touched."""
+
+    flow: Flow
+    task: Task
+
+    @property
+    def created(self) -> Literal[True]:
+        return True
+
+    @property
+    def code(self) -> None:
+        return None
+
+    @property
+    def reason(self) -> None:
+        return None
+
+    @property
+    def found(self) -> Literal[True]:
+        return True
+
+    def unwrap(self) -> Task:
+        """The child."""
+        return self.task
+
+
+class Refused(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+    """No child was made. With code `duplicate`, `task` is the one that already has the run id."""
+
+    code: Code
+    reason: str
+    found: bool
+    flow: Flow | None = None
+    task: Task | None = None
+
+    @property
+    def created(self) -> Literal[False]:
+        return False
+
+    def unwrap(self) -> NoReturn:
+        """Raise what this refusal stands for."""
+        raise error_for(self.code, self.reason, self.flow)
+
+
+class CancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What `cancel` achieved. `cancelled` means: ended as cancelled, and no code of the flow runs here.
+
+    With code `cancel_pending` the intent stands and `tasks` are the children still active; the flow ends when
+    they do. Otherwise `tasks` are all children.
+    """
+
+    found: bool
+    cancelled: bool
+    code: Code | None = None
+    reason: str | None = None
+    flow: Flow | None = None
+    tasks: list[Task] = []
+
+
+class TaskCancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What `cancel_task` achieved."""
+
+    found: bool
+    cancelled: bool
+    reason: str | None = None
+    task: Task | None = None

@@ -1,0 +1,144 @@
+"""How one child changes: started, reported on, retried, ended. Each ends exactly once.
+
+Every function takes a child and answers the child afterwards with the fact that tells of it. Who may call
+for the change is decided in `decide`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec import UNSET, Raw, UnsetType
+
+from flowstead.model.event import EventType
+from flowstead.model.flow import Failure, NotifyPolicy
+from flowstead.model.task import (
+    DeliveryStatus,
+    Outcome,
+    StoredTask,
+    Succeeded,
+    TaskStatus,
+    TerminalOutcome,
+    outcome_status,
+)
+from flowstead.rules.view import Fact, change_task
+
+Change = tuple[StoredTask, Fact]
+
+RETENTION_MS: Final = 7 * 24 * 3600 * 1000
+LOST_RETENTION_MS: Final = 24 * 3600 * 1000
+
+
+def start(task: StoredTask, now: int) -> Change:
+    """queued → running; the attempt is counted before its first line runs."""
+    return change_task(
+        task,
+        now,
+        EventType.TASK_STARTED,
+        status=TaskStatus.RUNNING,
+        attempt=task.attempt + 1,
+        started_at=now if task.started_at is None else task.started_at,
+        next_attempt_at=None,
+    )
+
+
+def restart(task: StoredTask, now: int) -> Change:
+    """running → running under a new attempt: the old one was cut off by a crash."""
+    return change_task(
+        task,
+        now,
+        EventType.TASK_STARTED,
+        attempt=task.attempt + 1,
+        interruptions=task.interruptions + 1,
+    )
+
+
+def release(task: StoredTask, now: int) -> Change:
+    """running → queued: stopped by shutdown, so there is no outcome and no attempt is spent."""
+    return change_task(
+        task, now, EventType.TASK_RELEASED, status=TaskStatus.QUEUED, attempt=task.attempt - 1
+    )
+
+
+def report_start(task: StoredTask, now: int) -> Change:
+    """queued → running, by the word of whoever runs a linked child."""
+    return change_task(
+        task,
+        now,
+        EventType.TASK_STARTED,
+        status=TaskStatus.RUNNING,
+        started_at=now if task.started_at is None else task.started_at,
+    )
+
+
+def progress(task: StoredTask, now: int, summary: str | UnsetType | None) -> Change:
+    """A sign of life, with or without a summary."""
+    if summary is UNSET:
+        return change_task(task, now, EventType.TASK_PROGRESSED)
+    return change_task(task, now, EventType.TASK_PROGRESSED, progress_summary=summary)
+
+
+def may_retry(task: StoredTask, outcome: Outcome) -> bool:
+    """Whether a failed or timed-out attempt is followed by another one."""
+    if task.launch is None or task.launch.retry is None:
+        return False
+    if outcome_status(outcome) not in {TaskStatus.FAILED, TaskStatus.TIMED_OUT}:
+        return False
+    return task.attempt - task.interruptions < task.max_attempts
+
+
+def schedule_retry(task: StoredTask, now: int, outcome: Outcome, chance: float) -> Change:
+    """running → queued until its next attempt is due; the failure so far stays in the record."""
+    assert task.launch is not None and task.launch.retry is not None
+    failures = task.attempt - task.interruptions
+    delay = task.launch.retry.delay_after(failures, chance)
+    return change_task(
+        task,
+        now,
+        EventType.TASK_RETRY_SCHEDULED,
+        status=TaskStatus.QUEUED,
+        failure=None if isinstance(outcome, Succeeded) else outcome.failure,
+        next_attempt_at=now + round(delay * 1000),
+    )
+
+
+def end(
+    task: StoredTask,
+    now: int,
+    outcome: Outcome,
+    *,
+    result: Raw | UnsetType = UNSET,
+    terminal_summary: str | None = None,
+    terminal_outcome: TerminalOutcome | None = None,
+) -> Change:
+    """active → final, with the result or the failure, and the day its record may be pruned."""
+    status = outcome_status(outcome)
+    if status is TaskStatus.SUCCEEDED and terminal_outcome is None:
+        terminal_outcome = TerminalOutcome.SUCCEEDED
+    ended_at = max(now, task.created_at)
+    keep = LOST_RETENTION_MS if status is TaskStatus.LOST else RETENTION_MS
+    return change_task(
+        task,
+        now,
+        EventType.TASK_ENDED,
+        status=status,
+        result_json=result,
+        failure=None if isinstance(outcome, Succeeded) else outcome.failure,
+        terminal_summary=terminal_summary,
+        terminal_outcome=terminal_outcome if status is TaskStatus.SUCCEEDED else None,
+        next_attempt_at=None,
+        ended_at=ended_at,
+        cleanup_after=ended_at + keep,
+    )
+
+
+def cancelled(message: str) -> Failure:
+    """The failure a cancelled child is recorded with."""
+    return Failure(kind="cancelled", message=message)
+
+
+def initial_delivery(policy: NotifyPolicy) -> DeliveryStatus:
+    """A silent child has nobody to tell."""
+    return (
+        DeliveryStatus.NOT_APPLICABLE if policy is NotifyPolicy.SILENT else DeliveryStatus.PENDING
+    )

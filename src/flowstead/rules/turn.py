@@ -1,0 +1,119 @@
+"""A turn: several commands folded over one snapshot, to be written in one transaction.
+
+The turn drafts. It changes the view and the book of children as it goes, so that each command sees what
+those before it did; nothing of it is true until its write is committed, and if the commit fails the whole
+draft, the book included, is thrown away.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from flowstead.model.code import Refusal
+from flowstead.model.command import Command
+from flowstead.model.effect import Effect, StartController, StartTask
+from flowstead.model.event import Event, EventType
+from flowstead.model.flow import StoredFlow, has_ended
+from flowstead.model.task import StoredTask, TaskStatus, is_active
+from flowstead.rules import follow
+from flowstead.rules.decide import decide
+from flowstead.rules.view import Decision, View
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """One command's answer inside a turn: the flow as the command left it, and its refusal, if any.
+
+    `children` are the tasks the answer is about: whole, or the id alone of one that ended before the turn.
+    """
+
+    flow: StoredFlow | None
+    refusal: Refusal | None
+    children: tuple[StoredTask | str, ...] = ()
+
+
+class Turn:
+    """Fold commands; then read `tasks`, `created`, `events` and `effects()`, and the view's flow."""
+
+    __slots__ = ("_effects", "_seq", "created", "events", "tasks", "view")
+
+    def __init__(self, view: View, last_seq: int) -> None:
+        self.view = view
+        self.tasks: dict[str, StoredTask] = {}
+        self.created: set[str | None] = set()
+        self.events: list[Event] = []
+        self._effects: list[Effect] = []
+        self._seq = last_seq
+
+    def take(self, command: Command, actor: str) -> Taken:
+        """Decide one command and everything that follows from it."""
+        before = self.view.flow
+        decision = decide(self.view, command)
+        if isinstance(decision, Refusal):
+            return Taken(before, decision)
+        self._apply(decision, actor)
+        # The answer shows what the command itself did; what follows is told by events.
+        flow = self.view.flow
+        self._follow(command, actor, before, decision)
+        active = self.view.children.active
+        children = tuple(self.tasks.get(i) or active.get(i) or i for i in decision.answered)
+        return Taken(flow, None, children)
+
+    def effects(self) -> list[Effect]:
+        """What to carry out after the commit, without what the turn itself has overtaken."""
+        flow = self.view.flow
+        return [
+            effect
+            for effect in self._effects
+            if not (isinstance(effect, StartTask) and not self._still_starts(effect.task))
+            and not (isinstance(effect, StartController) and flow is not None and has_ended(flow))
+        ]
+
+    def _still_starts(self, task: StoredTask) -> bool:
+        now = self.view.children.active.get(task.task_id)
+        return now is not None and now.status is TaskStatus.RUNNING and now.attempt == task.attempt
+
+    def _follow(
+        self, command: Command, actor: str, before: StoredFlow | None, decision: Decision
+    ) -> None:
+        flow = self.view.flow
+        if flow is None:
+            return
+        if not has_ended(flow) and flow.cancel_requested_at is not None:
+            child_ended = any(not is_active(task) for task in decision.tasks)
+            self._apply(follow.conclude_cancel(self.view, command, child_ended=child_ended), actor)
+            flow = self.view.flow
+        elif not has_ended(flow):
+            self._apply(follow.start_children(self.view), actor)
+        if flow is not None and has_ended(flow) and not (before is not None and has_ended(before)):
+            self._apply(follow.end_children(self.view), actor)
+
+    def _apply(self, decision: Decision, actor: str) -> None:
+        view = self.view
+        if decision.flow is not None:
+            view.flow = decision.flow
+        for task in decision.tasks:
+            view.children.put(task)
+            self.tasks[task.task_id] = task
+        for task_id in decision.lined_up:
+            view.children.line_up(task_id)
+        self._effects.extend(decision.effects)
+        if not decision.facts:
+            return
+        flow = view.flow
+        assert flow is not None
+        for fact in decision.facts:
+            self._seq += 1
+            if fact.type is EventType.TASK_CREATED:
+                self.created.add(fact.task_id)
+            self.events.append(
+                Event(
+                    flow_id=flow.flow_id,
+                    seq=self._seq,
+                    revision=flow.revision,
+                    at=view.now,
+                    type=fact.type,
+                    actor=actor,
+                    task_id=fact.task_id,
+                    changed=dict(fact.changed),
+                )
+            )

@@ -1,0 +1,135 @@
+"""User JSON at the door: encoded once, or refused with the path of the first value that JSON cannot hold.
+
+The encoder alone is not enough: it would store NaN as null, dates as text and sets as lists, so a value
+would change by being saved. The walk refuses all of that, and counts what it visits, so that neither a
+cycle nor a list shared a million times over can keep it busy.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+import msgspec
+
+from flowstead.model.code import Code
+from flowstead.model.command import Defect, Encoded
+from flowstead.model.flow import Json
+
+_encode = msgspec.json.Encoder().encode
+_PLAIN = frozenset({str, int, bool, type(None)})
+
+
+class _NotJson(Exception):
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+
+def encode_json(value: Json, *, name: str, max_bytes: int, max_depth: int) -> Encoded:
+    """Encode a value for the store, or say what is wrong with it and where.
+
+    Args:
+        value: What the caller gave.
+        name: How the caller knows it, the root of the path in the reason: `state_json["report"][3]`.
+        max_bytes: Largest encoded size accepted.
+        max_depth: Deepest nesting accepted; a value that contains itself is deeper than any.
+    """
+    try:
+        _Walk(max_bytes, max_depth).visit(value, name, 0)
+        encoded = _encode(value)
+    except _NotJson as found:
+        return Defect(Code.INVALID_STATE, f"{found.path} {found.problem} Nothing was written.")
+    except UnicodeEncodeError:
+        path = _find_surrogate(value, name)
+        return Defect(
+            Code.INVALID_STATE,
+            f"{path} holds a lone surrogate, which UTF-8 cannot carry. Nothing was written.",
+        )
+    except _TooLarge:
+        return _too_large(name, f"more than {max_bytes}", max_bytes)
+    if len(encoded) > max_bytes:
+        return _too_large(name, str(len(encoded)), max_bytes)
+    return msgspec.Raw(encoded)
+
+
+class _TooLarge(Exception):
+    """More values than the byte limit has room for."""
+
+
+class _Walk:
+    """One pass over a value. Every value takes at least one byte, so the byte limit bounds the visits."""
+
+    def __init__(self, max_values: int, max_depth: int) -> None:
+        self._left = max_values
+        self._max_depth = max_depth
+
+    def visit(self, value: Any, path: str, depth: int) -> None:
+        kind = type(value)
+        if kind in _PLAIN:
+            return
+        if kind is float:
+            if not isfinite(value):
+                raise _NotJson(path, f"is {value}, which JSON would store as null.")
+        elif kind is dict:
+            self._enter(path, depth, len(value))
+            for key, item in value.items():
+                if type(key) is not str and not isinstance(key, str):
+                    raise _NotJson(path, f"has the key {key!r}, and JSON keys are strings.")
+                if type(item) not in _PLAIN:
+                    self.visit(item, f"{path}[{_shown(key)}]", depth + 1)
+        elif kind is list or kind is tuple:
+            self._enter(path, depth, len(value))
+            for index, item in enumerate(value):
+                if type(item) not in _PLAIN:
+                    self.visit(item, f"{path}[{index}]", depth + 1)
+        elif not isinstance(value, (str, int)):
+            raise _NotJson(path, f"is of type {kind.__qualname__}, which is not a JSON value.")
+
+    def _enter(self, path: str, depth: int, length: int) -> None:
+        if depth >= self._max_depth:
+            where = path if len(path) < 80 else path[:77] + "..."
+            raise _NotJson(
+                where, f"is nested deeper than {self._max_depth} levels, or contains itself."
+            )
+        self._left -= length + 1
+        if self._left < 0:
+            raise _TooLarge
+
+
+def _too_large(name: str, size: str, max_bytes: int) -> Defect:
+    return Defect(
+        Code.STATE_TOO_LARGE,
+        f"{name} takes {size} bytes; the limit is {max_bytes}. Keep large objects elsewhere and store"
+        " a reference. Nothing was written.",
+    )
+
+
+def _shown(key: str) -> str:
+    return ascii(key if len(key) <= 40 else key[:37] + "...")
+
+
+def _find_surrogate(value: Any, path: str) -> str:
+    """The path of the first string that cannot be encoded; the value is known to be a finite tree."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not is_encodable(key):
+                return f"{path}: the key {_shown(key)}"
+            if found := _find_surrogate(item, f"{path}[{_shown(key)}]"):
+                return found
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if found := _find_surrogate(item, f"{path}[{index}]"):
+                return found
+    elif isinstance(value, str) and not is_encodable(value):
+        return path
+    return ""
+
+
+def is_encodable(text: str) -> bool:
+    """Whether the text can be stored: it holds no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

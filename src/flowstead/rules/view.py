@@ -1,0 +1,109 @@
+"""What a decision may look at: the flow, its children, and the facts only the engine knows."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Final
+
+import msgspec
+from msgspec import UNSET
+
+from flowstead.model.effect import Effect
+from flowstead.model.event import EventType
+from flowstead.model.flow import Json, StoredFlow
+from flowstead.model.limits import Limits
+from flowstead.model.task import StoredTask
+from flowstead.rules.children import Children
+
+
+class View:
+    """The ground a decision stands on.
+
+    `running` holds the ids of children whose code runs in this process, `driven` says whether the flow's
+    controller does, and `controllers` which controllers could. A child that is `running` by its record
+    but not in `running` was cut off by a crash.
+    """
+
+    __slots__ = ("children", "controllers", "driven", "flow", "limits", "now", "running")
+
+    def __init__(
+        self,
+        flow: StoredFlow | None,
+        children: Children,
+        *,
+        now: int,
+        limits: Limits,
+        running: Container[str] = (),
+        driven: bool = False,
+        controllers: Container[str] = (),
+    ) -> None:
+        self.flow = flow
+        self.children = children
+        self.now = now
+        self.limits = limits
+        self.running = running
+        self.driven = driven
+        self.controllers = controllers
+
+
+class Fact(msgspec.Struct, frozen=True):
+    """An event before it has a number: what happened, and the fields it changed by wire name."""
+
+    type: EventType
+    changed: Mapping[str, Json]
+    task_id: str | None = None
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command does: the new records, the facts to tell, the effects to carry out once durable.
+
+    `flow` is None where the flow itself stays as it is. `lined_up` names queued children that may start as
+    soon as there is room, `answered` the children the answer is about.
+    """
+
+    flow: StoredFlow | None = None
+    tasks: tuple[StoredTask, ...] = ()
+    facts: tuple[Fact, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    lined_up: tuple[str, ...] = ()
+    answered: tuple[str, ...] = ()
+
+
+NOTHING: Final = Decision()
+
+_FLOW_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredFlow)}
+_TASK_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredTask)}
+_BOOKKEEPING: Final = frozenset({"revision", "updated_at", "last_event_at", "interruptions"})
+
+
+def change_flow(
+    flow: StoredFlow, now: int, event: EventType, **fields: object
+) -> tuple[StoredFlow, Fact]:
+    """The flow one revision on, and the fact that tells what changed."""
+    changed = _changed(flow, fields, _FLOW_WIRE)
+    after = msgspec.structs.replace(
+        flow, revision=flow.revision + 1, updated_at=max(now, flow.updated_at), **fields
+    )
+    return after, Fact(event, changed)
+
+
+def change_task(
+    task: StoredTask, now: int, event: EventType, **fields: object
+) -> tuple[StoredTask, Fact]:
+    """The child with the fields set and its last event stamped, and the fact that tells what changed."""
+    changed = _changed(task, fields, _TASK_WIRE)
+    # A result lives in the child's row once; the history says that there is one.
+    changed.pop("resultJson", None)
+    last = max(now, task.last_event_at or task.created_at)
+    after = msgspec.structs.replace(task, last_event_at=last, **fields)
+    return after, Fact(event, changed, task.task_id)
+
+
+def _changed(
+    before: StoredFlow | StoredTask, fields: Mapping[str, object], wire: Mapping[str, str]
+) -> dict[str, Json]:
+    return {
+        wire[name]: None if value is UNSET else value
+        for name, value in fields.items()
+        if name not in _BOOKKEEPING and getattr(before, name) is not value
+    }

@@ -1,0 +1,262 @@
+"""Opening and closing a runtime, and the way from it to its faces."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import anyio
+from msgspec import UNSET
+
+from flowstead import arguments
+from flowstead.admin import Admin
+from flowstead.controller import CodeDoor
+from flowstead.desk import Office
+from flowstead.engine.clock import Clock, Ids, SystemClock, SystemIds
+from flowstead.engine.engine import Engine, Statistics
+from flowstead.errors import RuntimeClosed
+from flowstead.model.code import Code
+from flowstead.model.command import Defect
+from flowstead.model.flow import Json
+from flowstead.model.limits import Limits
+from flowstead.registry import Registry
+from flowstead.results import error_for
+from flowstead.rules.user_json import encode_json
+from flowstead.session import SessionFlows
+from flowstead.store.memory import MemoryStore
+from flowstead.store.port import Store
+from flowstead.store.sqlite import Durability, SqliteStore
+
+
+def open_runtime(
+    store: str | os.PathLike[str] | Store = "flows.db",
+    *,
+    registry: Registry | None = None,
+    durability: Durability = "full",
+    clock: Clock | None = None,
+    ids: Ids | None = None,
+    limits: Limits | None = None,
+    takeover: bool = False,
+) -> Runtime:
+    """A runtime on a store: `async with open_runtime("flows.db") as runtime`.
+
+    Ready at once, however many flows the store holds; unfinished ones whose controllers and tasks are in the
+    registry are set in motion beside.
+
+    Args:
+        store: A path, `sqlite:///path`, `:memory:`, or a `Store`.
+        registry: The tasks and controllers this process can run. Without one flows are only kept.
+        durability: `full` survives a power cut; `normal` survives the death of the process, is quicker, and
+            may lose the newest mutations in a power cut.
+        clock, ids: Where time and names come from; the system's unless given.
+        limits: Bounds and grace periods.
+        takeover: Take the store from a runtime that is frozen; it will not be able to write any more.
+
+    Raises:
+        StoreInUse: On entering: another runtime owns the store; the message says which.
+        StoreUnusable: On entering: the store is damaged, foreign, too new or not writable. Not changed.
+    """
+    return Runtime(
+        _store_for(store, durability),
+        registry=Registry() if registry is None else registry,
+        clock=clock or SystemClock(),
+        ids=ids or SystemIds(),
+        limits=limits or Limits(),
+        takeover=takeover,
+    )
+
+
+class Tasks:
+    """The namespace `runtime.tasks`."""
+
+    def __init__(self, flow: TaskFlow) -> None:
+        self.flow = flow
+
+
+class TaskFlow:
+    """The way to a session's flows."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def bind_session(
+        self, *, session_key: str, requester_origin: Mapping[str, Json] | None = None
+    ) -> SessionFlows:
+        """The flows of one owner.
+
+        Args:
+            session_key: The owner, trimmed; compared byte by byte.
+            requester_origin: Where its requests come from, JSON; the address of updates.
+
+        Raises:
+            ValueError, TypeError: A blank key, or one with more than one spelling.
+            InvalidState: An origin that is not JSON.
+        """
+        missing = "TaskFlow runtime requires a bound sessionKey."
+        return self._bind(session_key, requester_origin, missing)
+
+    def from_tool_context(self, ctx: object) -> SessionFlows:
+        """The flows of the owner a trusted context names.
+
+        Takes any mapping or object with `session_key` (or `sessionKey`), and optionally
+        `delivery_context` (or `deliveryContext`).
+        """
+        missing = "TaskFlow runtime requires tool context with a sessionKey."
+        session_key = _from_context(ctx, "session_key", "sessionKey")
+        if session_key is None:
+            raise ValueError(missing)
+        origin = _from_context(ctx, "delivery_context", "deliveryContext")
+        return self._bind(session_key, origin, missing)
+
+    def _bind(self, session_key: object, origin: object, missing: str) -> SessionFlows:
+        office = self._runtime.office
+        limits = office.engine.limits
+        given = arguments.mapping_or_none(origin, "requester_origin")
+        encoded = (
+            UNSET
+            if given is None
+            else encode_json(
+                dict(given),
+                name="requester_origin",
+                max_bytes=limits.wait_bytes,
+                max_depth=limits.json_depth,
+            )
+        )
+        if isinstance(encoded, Defect):
+            raise error_for(Code(encoded.code), encoded.reason)
+        owner = arguments.owner_key(session_key, missing)
+        return SessionFlows(office, session_key=owner, requester_origin=encoded)
+
+
+class Runtime:
+    """Durable flows on one store, inside one event loop. Made by `open_runtime`; use with `async with`."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        registry: Registry,
+        clock: Clock,
+        ids: Ids,
+        limits: Limits,
+        takeover: bool,
+    ) -> None:
+        self._name = store.name
+        self._takeover = takeover
+        self._door = CodeDoor(registry)
+        self._engine = Engine(
+            store,
+            clock=clock,
+            ids=ids,
+            limits=limits,
+            door=self._door,
+            controllers=registry.controllers,
+            functions=registry.tasks,
+        )
+        self._door.attach(self._engine)
+        self._office: Office | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._opened_at = _caller()
+        self.task_flow = TaskFlow(self)
+        self.tasks = Tasks(self.task_flow)
+
+    @property
+    def office(self) -> Office:
+        """What the faces share.
+
+        Raises:
+            RuntimeClosed: The runtime has not been entered, or is closed.
+        """
+        if self._office is None:
+            raise RuntimeClosed(
+                f"The runtime on {self._name} is not open yet: use `async with open_runtime(...)`."
+            )
+        self._office.enter()
+        return self._office
+
+    @property
+    def admin(self) -> Admin:
+        """The operator's face: every owner's flows."""
+        return Admin(self.office)
+
+    def statistics(self) -> Statistics:
+        """What the runtime is doing, without waiting."""
+        return self.office.engine.statistics()
+
+    async def __aenter__(self) -> Runtime:
+        if self._office is not None:
+            raise RuntimeError("A runtime is opened once. Call open_runtime again for another one.")
+        await self._engine.open(takeover=self._takeover)
+        self._office = Office(self._engine, self._door)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop code, answer everybody, flush, and let go of the store. Closing twice is fine.
+
+        Children that are stopped by this have no outcome; the next runtime starts them again. Cancelling the
+        caller does not stop the closing.
+        """
+        if self._office is None:
+            return
+        if self._closing is None:
+            self._office.close(f"The runtime on {self._name} is closed. Open another one.")
+            self._closing = asyncio.create_task(self._engine.aclose(), name="flowstead closing")
+        with anyio.CancelScope(shield=True):
+            await asyncio.shield(self._closing)
+
+    def __del__(self) -> None:
+        if self._office is not None and self._closing is None:
+            warnings.warn(
+                f"A runtime on {self._name} was never closed (made at {self._opened_at}). Use"
+                " `async with open_runtime(...)`, or await runtime.aclose().",
+                ResourceWarning,
+                stacklevel=1,
+            )
+
+
+def _store_for(store: str | os.PathLike[str] | Store, durability: Durability) -> Store:
+    if isinstance(store, str):
+        if not store.strip():
+            raise ValueError("store must be a path, 'sqlite:///path', ':memory:' or a Store.")
+        if store == ":memory:":
+            return MemoryStore()
+        scheme, separator, path = store.partition("://")
+        if not separator:
+            return SqliteStore(store, durability=durability)
+        if scheme != "sqlite" or not path.startswith("/") or path == "/":
+            raise ValueError(f"store {store!r} is not supported; use 'sqlite:///path' or a path.")
+        return SqliteStore(path[1:], durability=durability)
+    if isinstance(store, os.PathLike):
+        return SqliteStore(store, durability=durability)
+    if not hasattr(store, "commit"):
+        raise TypeError(f"store must be a path, a URL or a Store, not {type(store).__name__}.")
+    return store
+
+
+def _from_context(ctx: object, *names: str) -> Any:
+    for name in names:
+        found = ctx.get(name) if isinstance(ctx, Mapping) else getattr(ctx, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def _caller() -> str:
+    """Where the runtime was made, for the message about one that was never closed."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("flowstead."):
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -1,0 +1,1 @@
+"""Disk: the port every store answers to, and the stores shipped with flowstead."""

@@ -1,0 +1,321 @@
+"""The store in memory: for tests and for flows that need not outlive the process.
+
+It passes the same conformance suite as SQLite, refusals and fencing included. A `MemoryStore` object outlives
+the runtime that opened it, so a restart can be played with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from flowstead.errors import SnapshotUnreadable, StoreInUse, WriteConflict
+from flowstead.model.event import Event
+from flowstead.model.flow import Flow, FlowKey
+from flowstead.model.task import Task, TaskSummary
+from flowstead.store import codec
+from flowstead.store.codec import EventRow, FlowRow, FlowWrite, TaskRow
+from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
+from flowstead.store.sqlite_reads import count_tasks
+
+_ACTIVE = frozenset({"queued", "running"})
+
+
+class MemoryTables:
+    """The rows. Share them between stores to play several owners of one database."""
+
+    def __init__(self) -> None:
+        self.flows: dict[int, FlowRow] = {}
+        self.tasks: dict[int, TaskRow] = {}
+        self.events: dict[int, EventRow] = {}
+        self.flow_keys: dict[FlowKey, int] = {}
+        self.idempotency_keys: dict[tuple[str, str], int] = {}
+        self.task_keys: dict[str, int] = {}
+        self.children: dict[int, list[int]] = {}
+        self.lines: dict[int, list[int]] = {}
+        self.run_ids: set[tuple[int, str]] = set()
+        self.epoch = 0
+        self.owner: object | None = None
+        self.last_position = 0
+        self.key = 0
+
+
+class MemoryStore:
+    """A store that lives as long as its tables."""
+
+    def __init__(self, tables: MemoryTables | None = None) -> None:
+        self.tables = tables or MemoryTables()
+        self._epoch = 0
+
+    @property
+    def name(self) -> str:
+        return ":memory:"
+
+    async def open(self, *, takeover: bool = False) -> None:
+        tables = self.tables
+        if tables.owner is not None and not takeover:
+            raise StoreInUse(self.name, "another runtime in this process")
+        tables.epoch += 1
+        tables.owner = self
+        self._epoch = tables.epoch
+
+    async def aclose(self) -> None:
+        if self.tables.owner is self:
+            self.tables.owner = None
+
+    def next_key(self) -> int:
+        self.tables.key += 1
+        return self.tables.key
+
+    # ---- writing ----------------------------------------------------------------------------------
+
+    async def commit(self, writes: Sequence[FlowWrite]) -> int:
+        # Nothing awaits from the first check to the last row, so a batch is one step for everybody else.
+        tables = self.tables
+        if tables.epoch != self._epoch:
+            raise StoreInUse(self.name, "another runtime, which took it over")
+        for write in writes:
+            self._check(write)
+        first = tables.last_position + 1
+        for write in writes:
+            self._write(write)
+        return first
+
+    def _check(self, write: FlowWrite) -> None:
+        tables, row = self.tables, write.flow
+        if row is not None and row.expected_revision is None:
+            taken = FlowKey(row.owner_key, row.flow_id) in tables.flow_keys
+            if row.idempotency_key is not None:
+                taken |= (row.owner_key, row.idempotency_key) in tables.idempotency_keys
+            if taken:
+                raise WriteConflict(f"{self.name} refused a row: the flow exists.")
+        elif row is not None:
+            stored = tables.flows.get(row.key)
+            if stored is None or stored.revision != row.expected_revision:
+                raise WriteConflict("A stored flow is not at the revision it was read at.")
+        for task in write.tasks:
+            if task.fresh and (
+                task.task_id in tables.task_keys
+                or (task.run_id is not None and (task.flow_key, task.run_id) in tables.run_ids)
+            ):
+                raise WriteConflict(f"{self.name} refused a row: the task exists.")
+            if not task.fresh and task.key not in tables.tasks:
+                raise WriteConflict("A stored task is gone.")
+
+    def _write(self, write: FlowWrite) -> None:
+        tables, row = self.tables, write.flow
+        if row is not None:
+            tables.flows[row.key] = row
+            tables.flow_keys[FlowKey(row.owner_key, row.flow_id)] = row.key
+            if row.idempotency_key is not None:
+                tables.idempotency_keys[row.owner_key, row.idempotency_key] = row.key
+        for task in write.tasks:
+            tables.tasks[task.key] = task
+            if task.fresh:
+                tables.task_keys[task.task_id] = task.key
+                tables.children.setdefault(task.flow_key, []).append(task.key)
+                if task.run_id is not None:
+                    tables.run_ids.add((task.flow_key, task.run_id))
+        for event in write.events:
+            tables.last_position += 1
+            tables.events[tables.last_position] = event
+            tables.lines.setdefault(event.flow_key, []).append(tables.last_position)
+
+    async def upkeep(self, *, idle: bool) -> None:
+        return None
+
+    # ---- reading ----------------------------------------------------------------------------------
+
+    async def load(self, keys: Sequence[FlowKey]) -> list[Snapshot | Exception | None]:
+        found: list[Snapshot | Exception | None] = []
+        for key in keys:
+            try:
+                found.append(self._load_one(key))
+            except SnapshotUnreadable as error:
+                found.append(error)
+        return found
+
+    def _load_one(self, key: FlowKey) -> Snapshot | None:
+        tables = self.tables
+        flow_key = tables.flow_keys.get(key)
+        if flow_key is None:
+            return None
+        doc = tables.flows[flow_key].doc.encode()
+        children = [tables.tasks[k] for k in tables.children.get(flow_key, ())]
+        lines = tables.lines.get(flow_key)
+        return Snapshot(
+            flow=codec.read_stored_flow(doc),
+            doc=doc,
+            active=[
+                codec.read_stored_task(row.doc.encode())
+                for row in children
+                if row.status in _ACTIVE
+            ],
+            run_ids=[(row.run_id, row.task_id) for row in children if row.run_id is not None],
+            last_seq=tables.events[lines[-1]].seq if lines else 0,
+        )
+
+    async def find_flow(self, scope: Scope, flow_id: str) -> Flow | None:
+        row = self._row(scope, flow_id)
+        return None if row is None else codec.read_flow(row.doc.encode())
+
+    def _row(self, scope: Scope, flow_id: str) -> FlowRow | None:
+        if scope.owner_key is not None:
+            key = self.tables.flow_keys.get(FlowKey(scope.owner_key, flow_id))
+            return None if key is None else self.tables.flows[key]
+        return next((row for row in self._rows(scope) if row.flow_id == flow_id), None)
+
+    def _rows(self, scope: Scope) -> Iterable[FlowRow]:
+        """Flows in scope, newest first."""
+        rows = reversed(self.tables.flows.values())
+        if scope.owner_key is None:
+            return rows
+        return (row for row in rows if row.owner_key == scope.owner_key)
+
+    async def find_by_idempotency_key(self, owner_key: str, key: str) -> FlowKey | None:
+        found = self.tables.idempotency_keys.get((owner_key, key))
+        return None if found is None else FlowKey(owner_key, self.tables.flows[found].flow_id)
+
+    async def list_flows(self, scope: Scope, query: FlowQuery, limit: int) -> list[Flow]:
+        flows: list[Flow] = []
+        for row in self._rows(scope):
+            if len(flows) == limit:
+                break
+            if _matches(row, query):
+                try:
+                    flows.append(codec.read_flow(row.doc.encode()))
+                except SnapshotUnreadable:
+                    continue
+        return flows
+
+    async def key_of(self, scope: Scope, flow_id: str) -> int | None:
+        row = self._row(scope, flow_id)
+        return None if row is None else row.key
+
+    async def find_task(self, scope: Scope, task_id: str) -> tuple[FlowKey, Task] | None:
+        key = self.tables.task_keys.get(task_id)
+        if key is None:
+            return None
+        row = self.tables.tasks[key]
+        flow = self.tables.flows[row.flow_key]
+        if scope.owner_key not in (None, flow.owner_key):
+            return None
+        return FlowKey(flow.owner_key, flow.flow_id), codec.read_task(row.doc.encode())
+
+    async def list_tasks(
+        self,
+        scope: Scope,
+        flow_id: str,
+        *,
+        statuses: Collection[str] = (),
+        task_ids: Collection[str] | None = None,
+    ) -> list[Task]:
+        flow = self._row(scope, flow_id)
+        if flow is None:
+            return []
+        wanted = None if task_ids is None else frozenset(task_ids)
+        rows = [self.tables.tasks[key] for key in self.tables.children.get(flow.key, ())]
+        return [
+            codec.read_task(row.doc.encode())
+            for row in rows
+            if (not statuses or row.status in statuses)
+            and (wanted is None or row.task_id in wanted)
+        ]
+
+    async def summarize(self, scope: Scope, flow_id: str) -> TaskSummary | None:
+        flow = self._row(scope, flow_id)
+        if flow is None:
+            return None
+        rows = [self.tables.tasks[key] for key in self.tables.children.get(flow.key, ())]
+        return count_tasks([(row.status, row.runtime, 1) for row in rows])
+
+    async def history(
+        self, scope: Scope, flow_id: str, *, after_seq: int, limit: int
+    ) -> list[Event]:
+        flow = self._row(scope, flow_id)
+        if flow is None:
+            return []
+        positions = self.tables.lines.get(flow.key, [])[after_seq : after_seq + limit]
+        return [self._event(position) for position in positions]
+
+    async def last_seq(self, scope: Scope, flow_id: str) -> int:
+        flow = self._row(scope, flow_id)
+        return 0 if flow is None else len(self.tables.lines.get(flow.key, ()))
+
+    async def events_after(self, scope: Scope, position: int, limit: int) -> list[Event]:
+        found = []
+        for at in range(position + 1, self.tables.last_position + 1):
+            owner = self.tables.flows[self.tables.events[at].flow_key].owner_key
+            if scope.owner_key in (None, owner):
+                found.append(self._event(at))
+                if len(found) == limit:
+                    break
+        return found
+
+    def _event(self, position: int) -> Event:
+        return codec.read_event(self.tables.events[position].doc.encode(), position)
+
+    async def last_position(self) -> int:
+        return self.tables.last_position
+
+    async def list_due(self, *, after: int, until: int) -> list[Due]:
+        return [due for due in self._dues() if after < due.at <= until]
+
+    async def next_due(self, *, after: int) -> int | None:
+        return min((due.at for due in self._dues() if due.at > after), default=None)
+
+    def _dues(self) -> Iterable[Due]:
+        tables = self.tables
+        for flow in tables.flows.values():
+            if flow.due_at is not None:
+                yield Due(flow.due_at, FlowKey(flow.owner_key, flow.flow_id))
+        for task in tables.tasks.values():
+            if task.due_at is not None:
+                flow = tables.flows[task.flow_key]
+                yield Due(task.due_at, FlowKey(flow.owner_key, flow.flow_id))
+
+    async def list_unfinished(
+        self, controllers: Collection[str], *, after_key: int, limit: int
+    ) -> list[tuple[int, FlowKey]]:
+        tables = self.tables
+        launched = {
+            row.flow_key for row in tables.tasks.values() if row.launched and row.status in _ACTIVE
+        }
+        found = [
+            (key, FlowKey(row.owner_key, row.flow_id))
+            for key, row in tables.flows.items()
+            if key > after_key
+            and (key in launched or (row.status in _ACTIVE and row.controller_id in controllers))
+        ]
+        return sorted(found)[:limit]
+
+    async def count_by_controller(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for row in self.tables.flows.values():
+            if row.status in _ACTIVE and row.controller_id is not None:
+                counts[row.controller_id] = counts.get(row.controller_id, 0) + 1
+        return counts
+
+    async def list_unreadable(self) -> list[Unreadable]:
+        found = []
+        for table, rows, read in (
+            ("flows", self.tables.flows, codec.read_stored_flow),
+            ("tasks", self.tables.tasks, codec.read_stored_task),
+            ("events", self.tables.events, lambda doc: codec.read_event(doc, 0)),
+        ):
+            for key, row in rows.items():
+                try:
+                    read(row.doc.encode())
+                except SnapshotUnreadable as error:
+                    found.append(Unreadable(table=table, key=key, problem=str(error)))
+        return found
+
+
+def _matches(row: FlowRow, query: FlowQuery) -> bool:
+    return (
+        (not query.statuses or row.status in query.statuses)
+        and query.controller_id in (None, row.controller_id)
+        and query.correlation_id in (None, row.correlation_id)
+        and (query.id_prefix is None or row.flow_id.startswith(query.id_prefix))
+        and not (query.live and row.ended_at is not None)
+        and (query.before_key is None or row.key < query.before_key)
+    )

@@ -1,0 +1,187 @@
+"""The port of a store: few verbs, each a promise. SQLite keeps it today; another database could tomorrow.
+
+One runtime owns a store at a time. `open` takes ownership, `commit` proves it in every transaction, and a
+runtime that was overtaken can read but never write. Reads say on whose behalf they are made: a `Scope` of one
+owner finds that owner's rows only, by the query itself.
+
+Keys are the store's own numbers for rows, growing in the order of creation. Positions number the history in
+the order of commits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import msgspec
+
+from flowstead.model.event import Event
+from flowstead.model.flow import Flow, FlowKey, StoredFlow
+from flowstead.model.task import StoredTask, Task, TaskSummary
+from flowstead.store.codec import FlowWrite
+
+
+class Scope(msgspec.Struct, frozen=True):
+    """Whose rows a read may find. Without an owner: everybody's, for operators only."""
+
+    owner_key: str | None
+
+
+EVERYONE = Scope(None)
+
+
+class FlowQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which flows to list. Unset conditions do not restrict; `live` asks for flows that have not ended."""
+
+    statuses: Collection[str] = ()
+    controller_id: str | None = None
+    correlation_id: str | None = None
+    id_prefix: str | None = None
+    live: bool = False
+    before_key: int | None = None
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a flow needs to be live again: itself, its active children, the run ids it has used."""
+
+    flow: StoredFlow
+    doc: bytes
+    active: list[StoredTask]
+    run_ids: list[tuple[str, str]]
+    last_seq: int
+
+
+class Unreadable(msgspec.Struct, frozen=True, kw_only=True):
+    """One row that could not be read, and why. The row itself is left as it is."""
+
+    table: str
+    key: int
+    problem: str
+
+
+class Due(msgspec.Struct, frozen=True):
+    """A flow that needs a tick at an instant, epoch ms."""
+
+    at: int
+    key: FlowKey
+
+
+class Store(Protocol):
+    """Where flows live. Every coroutine may be cancelled while waiting; an accepted commit goes on."""
+
+    @property
+    def name(self) -> str:
+        """How messages call this store."""
+        ...
+
+    async def open(self, *, takeover: bool = False) -> None:
+        """Take ownership, creating or migrating what is needed.
+
+        Raises:
+            StoreInUse: Somebody owns it. `takeover=True` takes it from an owner that cannot let go.
+            StoreUnusable: Damaged, foreign, too new or not writable. Nothing was changed.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Let go. Closing twice is fine."""
+        ...
+
+    def next_key(self) -> int:
+        """A key no row has, without waiting."""
+        ...
+
+    async def commit(self, writes: Sequence[FlowWrite]) -> int:
+        """Write all or nothing, durably, and answer the position of the batch's first event.
+
+        Raises:
+            WriteConflict: One of the writes does not fit the stored rows. Nothing was written.
+            CommitFailed: Nothing was written.
+            OutcomeUnknown: The disk failed and could not be asked again.
+            StoreInUse: Another runtime has taken over. Nothing was written, nor ever will be.
+        """
+        ...
+
+    async def load(self, keys: Sequence[FlowKey]) -> list[Snapshot | Exception | None]:
+        """Each flow's snapshot, None where there is none, or why that one cannot be read."""
+        ...
+
+    async def find_flow(self, scope: Scope, flow_id: str) -> Flow | None:
+        """One flow. Where everybody is in scope and several owners use the id: the newest."""
+        ...
+
+    async def find_by_idempotency_key(self, owner_key: str, key: str) -> FlowKey | None:
+        """The flow the key was first used for."""
+        ...
+
+    async def list_flows(self, scope: Scope, query: FlowQuery, limit: int) -> list[Flow]:
+        """Flows newest first; unreadable ones are left out (`list_unreadable` has them)."""
+        ...
+
+    async def key_of(self, scope: Scope, flow_id: str) -> int | None:
+        """The store's number for a flow: the cursor of a listing."""
+        ...
+
+    async def find_task(self, scope: Scope, task_id: str) -> tuple[FlowKey, Task] | None:
+        """One child and the flow it belongs to."""
+        ...
+
+    async def list_tasks(
+        self,
+        scope: Scope,
+        flow_id: str,
+        *,
+        statuses: Collection[str] = (),
+        task_ids: Collection[str] | None = None,
+    ) -> list[Task]:
+        """A flow's children, oldest first."""
+        ...
+
+    async def summarize(self, scope: Scope, flow_id: str) -> TaskSummary | None:
+        """Counts of a flow's children, from an index."""
+        ...
+
+    async def history(
+        self, scope: Scope, flow_id: str, *, after_seq: int, limit: int
+    ) -> list[Event]:
+        """A flow's events in order."""
+        ...
+
+    async def last_seq(self, scope: Scope, flow_id: str) -> int:
+        """The number of a flow's newest event, 0 if there is none."""
+        ...
+
+    async def events_after(self, scope: Scope, position: int, limit: int) -> list[Event]:
+        """Events of all flows in scope, in commit order."""
+        ...
+
+    async def last_position(self) -> int:
+        """The position of the newest event, 0 if there is none."""
+        ...
+
+    async def list_due(self, *, after: int, until: int) -> list[Due]:
+        """Flows whose tick falls in (after, until], epoch ms."""
+        ...
+
+    async def next_due(self, *, after: int) -> int | None:
+        """The first tick later than `after`, epoch ms."""
+        ...
+
+    async def list_unfinished(
+        self, controllers: Collection[str], *, after_key: int, limit: int
+    ) -> list[tuple[int, FlowKey]]:
+        """Queued and running flows driven by these controllers, and flows with active launched children,
+        oldest first, each with its number: what a new owner has to set in motion again."""
+        ...
+
+    async def count_by_controller(self) -> dict[str, int]:
+        """How many queued and running flows each controller has."""
+        ...
+
+    async def list_unreadable(self) -> list[Unreadable]:
+        """Every row that cannot be read. Reads the whole store: for operators."""
+        ...
+
+    async def upkeep(self, *, idle: bool) -> None:
+        """Do what the store puts off while it is busy, if it is worth it now; `idle` says nobody waits."""
+        ...

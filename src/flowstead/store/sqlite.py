@@ -1,0 +1,443 @@
+"""The SQLite store: one file, one writer, group commit.
+
+Theory of operation. Two connections, each on its own worker thread. The writer runs whole batches, one
+function call each, and is the only connection that ever writes or checkpoints: SQLite releases before 3.51.3
+can corrupt a WAL file when two connections do. The reader is read-only and never checkpoints.
+
+Ownership is twofold: a lock on a side file, freed by the kernel at death, and an epoch inside the database that
+every transaction checks, so that a process that was frozen and overtaken finds out before it writes.
+
+When COMMIT itself fails on the disk nobody knows whether the batch is there. The writer is then opened anew,
+the commit counter is read back, and one more small transaction nails what was found: whatever stale frames
+the failed commit left in the WAL are overwritten. Only then is the caller told yes or no.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+
+import aiosqlite
+import msgspec
+
+from flowstead.errors import CommitFailed, OutcomeUnknown, StoreInUse, StoreUnusable, WriteConflict
+from flowstead.model.event import Event
+from flowstead.model.flow import Flow, FlowKey
+from flowstead.model.task import Task, TaskSummary
+from flowstead.store import schema, sqlite_reads
+from flowstead.store.codec import FlowWrite
+from flowstead.store.lock import OwnerLock, this_process
+from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
+from flowstead.store.sqlite_writes import CommitUnclear, Overtaken, write_batch
+
+T = TypeVar("T")
+Durability: TypeAlias = Literal["full", "normal"]
+Connect: TypeAlias = Callable[..., sqlite3.Connection]
+
+_BUSY_TIMEOUT_SECONDS: Final = 5.0
+_WAL_KEPT: Final = 4 * 1024 * 1024
+_WAL_IDLE: Final = 16 * 1024 * 1024
+_WAL_BUSY: Final = 64 * 1024 * 1024
+
+
+class WorkerConnection(aiosqlite.Connection):
+    """A connection whose thread runs whole functions: one hop for a transaction, not one for a statement."""
+
+    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
+        super().__init__(connector, iter_chunk_size=64)
+        # A runtime nobody closed must not keep the process from ending; to the file it is a crash like any.
+        self._thread.daemon = True
+
+    @classmethod
+    async def connect(cls, connector: Callable[[], sqlite3.Connection]) -> WorkerConnection:
+        """A connection whose connector has run, on its own thread."""
+        connection = cls(connector)
+        await connection
+        return connection
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run `function(connection, *args)` on the connection's thread.
+
+        Cancelling the caller does not stop the function.
+        """
+        result: T = await self._execute(function, self._conn, *args)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Ownership(msgspec.Struct):
+    """What the writer knows of the ownership row."""
+
+    epoch: int
+    commits: int
+    last_position: int
+
+
+class SqliteStore:
+    """A store in one SQLite file.
+
+    Args:
+        path: The file; made with mode 0600 if it is not there. Its directory must exist.
+        durability: `full` survives a power cut, `normal` survives the death of the process and may lose the
+            newest commits in a power cut, never corrupting the file.
+        connect: How connections are made; for tests that need a failing disk.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        durability: Durability = "full",
+        connect: Connect = sqlite3.connect,
+    ) -> None:
+        if durability not in ("full", "normal"):
+            raise ValueError(f"durability must be 'full' or 'normal', not {durability!r}.")
+        self._path = Path(path).absolute()
+        self._wal = self._path.with_name(self._path.name + "-wal")
+        self._synchronous = durability.upper()
+        self._connect = connect
+        self._lock = OwnerLock(self._path)
+        self._writer: WorkerConnection | None = None
+        self._reader: WorkerConnection | None = None
+        self._ownership = _Ownership(0, 0, 0)
+        self._key = 0
+        self._checkpointed = True
+        self._lost: StoreInUse | None = None
+
+    @property
+    def name(self) -> str:
+        return self._path.name
+
+    # ---- ownership --------------------------------------------------------------------------------
+
+    async def open(self, *, takeover: bool = False) -> None:
+        if self._writer is not None:
+            raise StoreInUse(self.name, "this very runtime")
+        try:
+            self._writer = await WorkerConnection.connect(partial(self._open_writer, takeover))
+            self._reader = await WorkerConnection.connect(self._open_reader)
+        except BaseException:
+            await self.aclose()
+            self._lock.release()
+            raise
+
+    async def aclose(self) -> None:
+        reader, self._reader = self._reader, None
+        writer, self._writer = self._writer, None
+        try:
+            # The reader first: the last connection to go folds the WAL back into the file.
+            for connection in (reader, writer):
+                if connection is not None:
+                    await connection.close()
+        finally:
+            self._lock.release()
+
+    def _open_writer(self, takeover: bool) -> sqlite3.Connection:
+        if not self._path.parent.is_dir():
+            raise StoreUnusable(self.name, f"its directory {self._path.parent} does not exist.")
+        try:
+            self._lock.acquire(takeover=takeover)
+        except OSError as error:
+            raise StoreUnusable(self.name, f"{error.strerror or error}.") from error
+        try:
+            self._make_file()
+            connection = self._connect_writer()
+            try:
+                self._take_ownership(connection)
+            except BaseException:
+                connection.close()
+                raise
+        except sqlite3.Error as error:
+            self._lock.release()
+            raise _unusable(self.name, error) from error
+        except OSError as error:
+            self._lock.release()
+            raise StoreUnusable(self.name, f"{error.strerror or error}.") from error
+        except BaseException:
+            self._lock.release()
+            raise
+        return connection
+
+    def _make_file(self) -> None:
+        """Make the file private from its first moment, and never start empty over what was left behind."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            size = None
+        if not size and self._wal.exists() and self._wal.stat().st_size:
+            raise StoreUnusable(
+                self.name,
+                f"the database is missing or empty, but its log {self._wal.name} is not."
+                " Restore the database beside it, or move the log away.",
+            )
+        if size is None:
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+    def _connect_writer(self) -> sqlite3.Connection:
+        connection = self._connect(
+            self._path,
+            timeout=_BUSY_TIMEOUT_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            connection.text_factory = bytes
+            schema_version = connection.execute("PRAGMA schema_version").fetchone()[0]
+            if schema_version:
+                schema.check(connection, self.name)
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            if mode != b"wal":
+                raise StoreUnusable(
+                    self.name, "SQLite cannot use a write-ahead log here (a network file system?)."
+                )
+            connection.execute("PRAGMA synchronous = " + self._synchronous)
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+            connection.execute("PRAGMA journal_size_limit = " + str(_WAL_KEPT))
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
+            schema.prepare(connection, self.name)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _take_ownership(self, connection: sqlite3.Connection) -> None:
+        """Raise the epoch: from here on every earlier owner is refused by its own transactions."""
+        holder = msgspec.json.encode(this_process()).decode()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.execute("UPDATE ownership SET epoch = epoch + 1, holder = ?", (holder,))
+            row = connection.execute(
+                "SELECT epoch, commits, max(last_position, (SELECT ifnull(max(position), 0)"
+                " FROM events)) FROM ownership WHERE id = 1"
+            ).fetchone()
+            if row is None:
+                raise StoreUnusable(self.name, "its ownership row is missing.")
+            (self._key,) = connection.execute(
+                "SELECT max((SELECT ifnull(max(key), 0) FROM flows),"
+                " (SELECT ifnull(max(key), 0) FROM tasks))"
+            ).fetchone()
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        self._ownership = _Ownership(*row)
+
+    def _open_reader(self) -> sqlite3.Connection:
+        connection = self._connect(
+            self._path.as_uri() + "?mode=ro",
+            uri=True,
+            timeout=_BUSY_TIMEOUT_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        connection.text_factory = bytes
+        connection.execute("PRAGMA query_only = ON")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        return connection
+
+    # ---- writing ----------------------------------------------------------------------------------
+
+    def next_key(self) -> int:
+        self._key += 1
+        return self._key
+
+    async def commit(self, writes: Sequence[FlowWrite]) -> int:
+        if self._lost is not None:
+            raise self._lost
+        writer = await self._open_again() if self._writer is None else self._writer
+        mine = self._ownership
+        number, first = mine.commits + 1, mine.last_position + 1
+        try:
+            last = await writer.run(write_batch, mine.epoch, number, first, writes)
+        except Overtaken:
+            raise await self._step_down() from None
+        except CommitUnclear as unclear:
+            last = await self._settle(writer, number, first, writes, unclear)
+        except sqlite3.IntegrityError as error:
+            raise WriteConflict(f"{self.name} refused a row: {error}.") from error
+        except sqlite3.Error as error:
+            raise CommitFailed(f"{self.name} was not written: {error}.") from error
+        mine.commits, mine.last_position = number, max(last, mine.last_position)
+        self._checkpointed = False
+        return first
+
+    async def _step_down(self) -> StoreInUse:
+        """Another runtime raised the epoch. From now on nothing is written through this store."""
+        holder = "another runtime, which took it over"
+        if self._reader is not None:
+            row = await self._reader.run(_read_holder)
+            try:
+                holder = f"{msgspec.json.decode(row, type=dict)['pid']}"
+                holder = f"process {holder}, which took it over"
+            except (msgspec.MsgspecError, KeyError, TypeError):
+                pass
+        self._lost = StoreInUse(self.name, holder)
+        return self._lost
+
+    async def _settle(
+        self,
+        writer: WorkerConnection,
+        number: int,
+        first: int,
+        writes: Sequence[FlowWrite],
+        unclear: CommitUnclear,
+    ) -> int:
+        """Find out whether a commit that failed on the disk is there, and make the answer last."""
+        self._writer = None
+        try:
+            await writer.close()
+        except sqlite3.Error:
+            pass
+        try:
+            await self._open_again()
+        except (sqlite3.Error, OSError, StoreUnusable) as error:
+            raise OutcomeUnknown(
+                f"{self.name} failed during a commit ({unclear.__cause__}) and could not be read back"
+                f" ({error}). Read the flow again before retrying."
+            ) from unclear
+        if self._ownership.commits < number:
+            raise CommitFailed(f"{self.name} was not written: {unclear.__cause__}.") from unclear
+        return first - 1 + sum(len(write.events) for write in writes)
+
+    async def _open_again(self) -> WorkerConnection:
+        """A new writer after the disk failed, once one small transaction has gone through."""
+        writer = await WorkerConnection.connect(self._connect_writer)
+        try:
+            commits, last_position = await writer.run(_nail, self._ownership.epoch)
+        except Overtaken:
+            await writer.close()
+            raise await self._step_down() from None
+        except BaseException:
+            await writer.close()
+            raise
+        self._ownership.commits, self._ownership.last_position = commits, last_position
+        self._writer = writer
+        return writer
+
+    async def upkeep(self, *, idle: bool) -> None:
+        if self._checkpointed or self._writer is None or self._lost is not None:
+            return
+        try:
+            size = os.stat(self._wal).st_size
+        except FileNotFoundError:
+            return
+        if size > (_WAL_IDLE if idle else _WAL_BUSY):
+            await self._writer.run(_checkpoint)
+            self._checkpointed = True
+
+    # ---- reading ----------------------------------------------------------------------------------
+
+    async def _read(self, function: Callable[..., T], *args: Any) -> T:
+        assert self._reader is not None, "the store is closed"
+        try:
+            return await self._reader.run(function, *args)
+        except sqlite3.DatabaseError as error:
+            raise StoreUnusable(self.name, f"a read failed: {error}.") from error
+
+    async def load(self, keys: Sequence[FlowKey]) -> list[Snapshot | Exception | None]:
+        return await self._read(sqlite_reads.load, keys)
+
+    async def find_flow(self, scope: Scope, flow_id: str) -> Flow | None:
+        return await self._read(sqlite_reads.find_flow, scope, flow_id)
+
+    async def find_by_idempotency_key(self, owner_key: str, key: str) -> FlowKey | None:
+        return await self._read(sqlite_reads.find_by_idempotency_key, owner_key, key)
+
+    async def list_flows(self, scope: Scope, query: FlowQuery, limit: int) -> list[Flow]:
+        return await self._read(sqlite_reads.list_flows, scope, query, limit)
+
+    async def key_of(self, scope: Scope, flow_id: str) -> int | None:
+        return await self._read(sqlite_reads.key_of, scope, flow_id)
+
+    async def find_task(self, scope: Scope, task_id: str) -> tuple[FlowKey, Task] | None:
+        return await self._read(sqlite_reads.find_task, scope, task_id)
+
+    async def list_tasks(
+        self,
+        scope: Scope,
+        flow_id: str,
+        *,
+        statuses: Collection[str] = (),
+        task_ids: Collection[str] | None = None,
+    ) -> list[Task]:
+        return await self._read(sqlite_reads.list_tasks, scope, flow_id, statuses, task_ids)
+
+    async def summarize(self, scope: Scope, flow_id: str) -> TaskSummary | None:
+        return await self._read(sqlite_reads.summarize, scope, flow_id)
+
+    async def history(
+        self, scope: Scope, flow_id: str, *, after_seq: int, limit: int
+    ) -> list[Event]:
+        return await self._read(sqlite_reads.history, scope, flow_id, after_seq, limit)
+
+    async def last_seq(self, scope: Scope, flow_id: str) -> int:
+        return await self._read(sqlite_reads.last_seq, scope, flow_id)
+
+    async def events_after(self, scope: Scope, position: int, limit: int) -> list[Event]:
+        return await self._read(sqlite_reads.events_after, scope, position, limit)
+
+    async def last_position(self) -> int:
+        return await self._read(sqlite_reads.last_position)
+
+    async def list_due(self, *, after: int, until: int) -> list[Due]:
+        return await self._read(sqlite_reads.list_due, after, until)
+
+    async def next_due(self, *, after: int) -> int | None:
+        return await self._read(sqlite_reads.next_due, after)
+
+    async def list_unfinished(
+        self, controllers: Collection[str], *, after_key: int, limit: int
+    ) -> list[tuple[int, FlowKey]]:
+        return await self._read(sqlite_reads.list_unfinished, controllers, after_key, limit)
+
+    async def count_by_controller(self) -> dict[str, int]:
+        return await self._read(sqlite_reads.count_by_controller)
+
+    async def list_unreadable(self) -> list[Unreadable]:
+        return await self._read(sqlite_reads.list_unreadable)
+
+
+def _read_holder(connection: sqlite3.Connection) -> bytes:
+    holder: bytes = connection.execute("SELECT holder FROM ownership").fetchone()[0]
+    return holder
+
+
+def _nail(connection: sqlite3.Connection, epoch: int) -> tuple[int, int]:
+    """Commit a row that changes nothing, so that what the file says now is what it will say after a crash."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        nailed = connection.execute(
+            "UPDATE ownership SET holder = holder WHERE id = 1 AND epoch = ?", (epoch,)
+        )
+        if nailed.rowcount != 1:
+            raise Overtaken
+        commits, last = connection.execute(
+            "SELECT commits, last_position FROM ownership"
+        ).fetchone()
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return commits, last
+
+
+def _checkpoint(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+def _unusable(name: str, error: sqlite3.Error) -> StoreUnusable | StoreInUse:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreInUse(name, "a process that is in the middle of a transaction")
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return StoreUnusable(name, f"it is damaged ({error}). It was left as it is.")
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return StoreUnusable(name, f"it cannot be written ({error}).")
+    return StoreUnusable(name, f"{error}.")

@@ -1,0 +1,1 @@
+"""Type-checked, never run: what the checker must accept."""
