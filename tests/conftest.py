@@ -1,0 +1,25 @@
+"""What every test may use: the asyncio backend, a store in a file of its own, a clock that stands still."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flowstead.testing import ManualClock
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    """Where a test may keep its flows."""
+    return tmp_path / "flows.db"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
