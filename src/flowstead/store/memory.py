@@ -15,7 +15,7 @@ from flowstead.model.task import Task, TaskSummary
 from flowstead.store import codec
 from flowstead.store.codec import EventRow, FlowRow, FlowWrite, TaskRow
 from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
-from flowstead.store.sqlite_reads import count_tasks
+from flowstead.store.summary import count_tasks
 
 _ACTIVE = frozenset({"queued", "running"})
 

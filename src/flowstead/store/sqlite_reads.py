@@ -7,24 +7,17 @@ condition of the statement itself, never a filter afterwards.
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 from flowstead.errors import SnapshotUnreadable
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow, FlowKey
-from flowstead.model.task import (
-    ACTIVE_TASK_STATUSES,
-    FAILED_TASK_STATUSES,
-    Task,
-    TaskStatus,
-    TaskSummary,
-)
+from flowstead.model.task import Task, TaskSummary
 from flowstead.store import codec
 from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
+from flowstead.store.summary import count_tasks
 
-USUAL_RUNTIMES: Final = ("subagent", "acp", "cli", "cron")
 _PAGE: Final = 500
 
 
@@ -203,24 +196,6 @@ def summarize(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> Tas
     ).fetchall()
     counted = [(_id(status), _id(runtime), count) for status, runtime, count in rows]
     return count_tasks(counted)
-
-
-def count_tasks(counted: Collection[tuple[str, str, int]]) -> TaskSummary:
-    """A summary from (status, runtime, count) triples."""
-    by_status, by_runtime = Counter[str](), Counter[str]()
-    for status, runtime, count in counted:
-        by_status[status] += count
-        by_runtime[runtime] += count
-    total = by_status.total()
-    active = sum(by_status[status] for status in ACTIVE_TASK_STATUSES)
-    return TaskSummary(
-        total=total,
-        active=active,
-        terminal=total - active,
-        failures=sum(by_status[status] for status in FAILED_TASK_STATUSES),
-        by_status={status.value: by_status[status] for status in TaskStatus},
-        by_runtime=dict.fromkeys(USUAL_RUNTIMES, 0) | by_runtime,
-    )
 
 
 def history(
