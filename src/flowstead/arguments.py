@@ -9,10 +9,12 @@ from typing import Final, TypeVar
 
 from msgspec import UNSET, UnsetType
 
+from flowstead.model.retry import Retry
 from flowstead.rules.user_json import is_encodable
 
 E = TypeVar("E", bound=StrEnum)
 
+_LARGEST: Final = 2**63 - 1
 _LONGEST_ID: Final = 256
 _LONGEST_OWNER_BYTES: Final = 512
 _LONGEST_TEXT_BYTES: Final = 4096
@@ -91,7 +93,7 @@ def revision(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"expected_revision must be an int, not {_kind(value)}.")
     if value < 0:
-        raise ValueError(f"expected_revision must be 0 or more, not {value}.")
+        raise ValueError("expected_revision must be 0 or more.")
     return value
 
 
@@ -120,12 +122,27 @@ def seconds(value: object, name: str) -> float | None:
     return float(value)
 
 
+def duration(value: object, name: str) -> float:
+    """A positive duration in seconds."""
+    found = seconds(value, name)
+    if found is None:
+        raise TypeError(f"{name} must be a number of seconds, not None.")
+    return found
+
+
+def retry(value: object) -> Retry | None:
+    """A retry policy, or None."""
+    if value is not None and not isinstance(value, Retry):
+        raise TypeError(f"retry must be a flowstead.Retry, not {_kind(value)}.")
+    return value
+
+
 def count(value: object, name: str) -> int:
     """A whole number, 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not {_kind(value)}.")
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, not {value}.")
+    if not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name} must be 1 or more, and fit 63 bits.")
     return value
 
 
@@ -135,8 +152,8 @@ def optional_sequence_number(value: object, name: str) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not {_kind(value)}.")
-    if value < 0:
-        raise ValueError(f"{name} must be 0 or more, not {value}.")
+    if not 0 <= value <= _LARGEST:
+        raise ValueError(f"{name} must be 0 or more, and fit 63 bits.")
     return value
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -43,6 +43,7 @@ from flowstead.model.task import (
     Succeeded,
     Task,
     TimedOut,
+    is_active,
     outcome_of,
 )
 from flowstead.registry import Registry, TaskDefinition
@@ -91,12 +92,17 @@ class FlowContext:
     exception pass ends the flow as cancelled.
     """
 
-    def __init__(self, engine: Engine, door: CodeDoor, key: FlowKey, flow: Flow) -> None:
+    def __init__(self, engine: Engine, door: CodeDoor, key: FlowKey, doc: bytes) -> None:
         self._engine = engine
         self._door = door
         self._key = key
-        self._flow = flow
+        self._know(doc)
         self._named: Counter[str] = Counter()
+
+    def _know(self, doc: bytes) -> None:
+        # The record too: what was decoded from it is the controller's own, to change as it likes.
+        self._doc = doc
+        self._flow = codec.read_flow(doc)
 
     @property
     def flow(self) -> Flow:
@@ -259,20 +265,19 @@ class FlowContext:
             reply = await self._engine.ask_patiently(
                 self._key, command(self._flow.revision), _CONTROLLER
             )
-            current = None if reply.doc is None else codec.read_flow(reply.doc)
             if reply.refusal is None:
-                assert current is not None
-                self._flow = current
+                assert reply.doc is not None
+                self._know(reply.doc)
                 return
+            current = None if reply.doc is None else codec.read_flow(reply.doc)
             if (
-                reply.refusal.code is Code.REVISION_CONFLICT
-                and current is not None
-                and _differ_by_intent_only(self._flow, current)
+                reply.refusal.code is not Code.REVISION_CONFLICT
+                or reply.doc is None
+                or not _differ_by_intent_only(self._doc, reply.doc)
             ):
-                # Somebody asked for a cancel meanwhile; what this controller knows of its flow still holds.
-                self._flow = current
-                continue
-            raise_refusal(reply.refusal, current)
+                raise_refusal(reply.refusal, current)
+            # Somebody asked for a cancel meanwhile; what this controller knows of its flow still holds.
+            self._know(reply.doc)
 
     # ---- making steps -----------------------------------------------------------------------------
 
@@ -288,7 +293,7 @@ class FlowContext:
             given = arguments.seconds(timeout, "timeout")
             definition = msgspec.structs.replace(definition, timeout=given)
         if retry is not None:
-            definition = msgspec.structs.replace(definition, retry=retry)
+            definition = msgspec.structs.replace(definition, retry=arguments.retry(retry))
         return definition
 
     def _name(self, name: str | None, usual: str) -> str:
@@ -356,10 +361,18 @@ class FlowContext:
             elif child.task_id in waiting:
                 ends.append(waiting[child.task_id])
             else:
-                # The step is under way already, begun by an earlier run of this controller.
-                ends.append(engine.task_ends.register(child.task_id))
                 waiting[draft.task_id].cancel()
+                ends.append(await self._join(child.task_id))
         return ends
+
+    async def _join(self, task_id: str) -> asyncio.Future[bytes] | str:
+        """The end of a step that is under way already, begun by an earlier run of this controller."""
+        end = self._engine.task_ends.register(task_id)
+        task = (await self._recorded([task_id]))[task_id]
+        if is_active(task):
+            return end
+        end.cancel()
+        return task_id
 
     def _forget(
         self, waiting: dict[str, asyncio.Future[bytes]], bound: Sequence[TaskDraft]
@@ -397,7 +410,7 @@ class CodeDoor:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self._bound: dict[tuple[FlowKey, str], Callable[..., Awaitable[Json]]] = {}
+        self._bound: dict[FlowKey, dict[str, Callable[..., Awaitable[Json]]]] = {}
         self._engine: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -431,25 +444,34 @@ class CodeDoor:
         )
 
     def bind(self, key: FlowKey, draft: TaskDraft, definition: TaskDefinition) -> bool:
-        """Keep a bare function for the child that will run it; answers whether it was not kept already.
+        """Keep a bare function for the child that will run it; answers whether none was kept already.
 
         Kept by step name, so that a controller run again hands its function to the child of its earlier run.
         """
         if draft.launch is None or draft.launch.function is not None:
             return False
-        name = (key, draft.run_id or draft.task_id)
-        is_new = name not in self._bound
-        self._bound[name] = definition.function
+        functions = self._bound.setdefault(key, {})
+        name = draft.run_id or draft.task_id
+        is_new = name not in functions
+        functions.setdefault(name, definition.function)
         return is_new
+
+    def bound_of(self, key: FlowKey) -> Container[str]:
+        """Names of the flow's children whose bare functions are kept."""
+        return self._bound.get(key, ())
 
     def forget(self, key: FlowKey, task: StoredTask | TaskDraft) -> None:
         """The child has ended."""
-        self._bound.pop((key, task.run_id or task.task_id), None)
+        functions = self._bound.get(key)
+        if functions is not None:
+            functions.pop(task.run_id or task.task_id, None)
+            if not functions:
+                del self._bound[key]
 
     def code_of(self, key: FlowKey, task: StoredTask) -> Callable[[], Awaitable[Json]] | None:
         """The child's code with its context and input, ready to run."""
         assert self._engine is not None and task.launch is not None
-        function = self._bound.get((key, task.run_id or task.task_id))
+        function = self._bound.get(key, {}).get(task.run_id or task.task_id)
         if function is None and task.launch.function is not None:
             definition = self.registry.tasks.get(task.launch.function)
             function = None if definition is None else definition.function
@@ -462,7 +484,7 @@ class CodeDoor:
     async def drive(self, key: FlowKey, controller_id: str, doc: bytes) -> None:
         """Run a flow's controller from the top."""
         assert self._engine is not None
-        flow = FlowContext(self._engine, self, key, codec.read_flow(doc))
+        flow = FlowContext(self._engine, self, key, doc)
         await self.registry.controllers[controller_id](flow)
 
 
@@ -480,10 +502,11 @@ def _result(outcome: Outcome, draft: TaskDraft) -> Json:
             raise errors.ChildLost(draft.task_id, draft.run_id, failure)
 
 
-def _differ_by_intent_only(mine: Flow, current: Flow) -> bool:
-    return current == msgspec.structs.replace(
-        mine,
-        revision=current.revision,
-        updated_at=current.updated_at,
-        cancel_requested_at=current.cancel_requested_at,
+def _differ_by_intent_only(mine: bytes, current: bytes) -> bool:
+    known, now = codec.read_flow(mine), codec.read_flow(current)
+    return now == msgspec.structs.replace(
+        known,
+        revision=now.revision,
+        updated_at=now.updated_at,
+        cancel_requested_at=now.cancel_requested_at,
     )

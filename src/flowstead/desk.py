@@ -81,12 +81,20 @@ class Office:
         """
         if self._closed is not None:
             raise errors.RuntimeClosed(self._closed)
+        self.check_loop()
+        return self.engine
+
+    def check_loop(self) -> None:
+        """Refuse calls from another event loop.
+
+        Raises:
+            RuntimeError: The call comes from another event loop.
+        """
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError(
                 "This runtime belongs to another event loop. Open one in this loop, or send the call"
                 " there with asyncio.run_coroutine_threadsafe."
             )
-        return self.engine
 
 
 class Desk:
@@ -286,8 +294,7 @@ class Desk:
         """
         engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
         expected = arguments.optional_revision(expected_revision)
-        patience = arguments.seconds(grace, "grace")
-        assert patience is not None
+        patience = arguments.duration(grace, "grace")
         key = None if wanted is None else await self._find(wanted)
         if key is None:
             return CancelReport(
@@ -340,8 +347,7 @@ class Desk:
     async def cancel_task(self, task_id: str, *, grace: float = 5.0) -> TaskCancelReport:
         """Stop one child and wait up to `grace` seconds for its end. The flow goes on without it."""
         engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
-        patience = arguments.seconds(grace, "grace")
-        assert patience is not None
+        patience = arguments.duration(grace, "grace")
         missing = TaskCancelReport(found=False, cancelled=False, reason=TASK_NOT_FOUND.reason)
         found = None if wanted is None else await engine.store.find_task(self._scope, wanted)
         if found is None or wanted is None:

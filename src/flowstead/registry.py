@@ -71,7 +71,7 @@ class Registry:
                 name=arguments.text(given, "name"),
                 function=function,
                 timeout=arguments.seconds(timeout, "timeout"),
-                retry=retry,
+                retry=arguments.retry(retry),
                 on_restart=arguments.choice(on_restart, OnRestart, "on_restart"),
             )
             if definition.name in self.tasks:

@@ -191,7 +191,18 @@ class Runtime:
     async def __aenter__(self) -> Runtime:
         if self._office is not None:
             raise RuntimeError("A runtime is opened once. Call open_runtime again for another one.")
-        await self._engine.open(takeover=self._takeover)
+        opening = asyncio.create_task(
+            self._engine.open(takeover=self._takeover), name="flowstead opening"
+        )
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # Half an opening would keep the store: see it through, and let go.
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({opening})
+                if not opening.cancelled() and opening.exception() is None:
+                    await self._engine.aclose()
+            raise
         self._office = Office(self._engine, self._door)
         return self
 
@@ -211,6 +222,7 @@ class Runtime:
         """
         if self._office is None:
             return
+        self._office.check_loop()
         if self._closing is None:
             self._office.close(f"The runtime on {self._name} is closed. Open another one.")
             self._closing = asyncio.create_task(self._engine.aclose(), name="flowstead closing")

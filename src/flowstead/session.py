@@ -438,7 +438,7 @@ class SessionFlows(Desk):
             launch = door.launch(definition)
             launch = msgspec.structs.replace(
                 launch,
-                retry=retry or launch.retry,
+                retry=arguments.retry(retry) or launch.retry,
                 on_restart=OnRestart.LOST if launch.function is None else launch.on_restart,
             )
             runtime = arguments.optional_text(runtime, "runtime") or LAUNCHED_RUNTIME

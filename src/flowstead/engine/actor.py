@@ -13,7 +13,7 @@ from the stored snapshot. When it is idle for a while the engine lets go of it a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from typing import Final, Protocol
 
 import msgspec
@@ -44,6 +44,7 @@ from flowstead.store.port import Snapshot
 log = get_logger(__name__)
 
 _TURN: Final = 256
+_LOOK_AGAIN_SECONDS: Final = 1.0
 
 
 class RunningCode(Protocol):
@@ -52,6 +53,19 @@ class RunningCode(Protocol):
     @property
     def running(self) -> Container[str]:
         """Ids of children whose code runs here."""
+        ...
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing may be started any more."""
+        ...
+
+    def bound_of(self, key: FlowKey) -> Container[str]:
+        """Names of the flow's children whose unregistered functions are in memory."""
+        ...
+
+    def ended(self, key: FlowKey, task: StoredTask) -> None:
+        """A child's end is on disk."""
         ...
 
     def is_driven(self, key: FlowKey) -> bool:
@@ -78,6 +92,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     flow_ends: Waiters[FlowKey]
     task_ends: Waiters[str]
     rested: Callable[[Actor], None]
+    look_again: Callable[[FlowKey], None]
 
 
 class Draft(msgspec.Struct, frozen=True):
@@ -100,6 +115,7 @@ class Actor:
         "_around",
         "_children",
         "_doc",
+        "_doubtful",
         "_draft",
         "_flow",
         "_is_loaded",
@@ -107,15 +123,18 @@ class Actor:
         "_is_scheduled",
         "_seq",
         "_to_recover",
+        "asked_at",
         "key",
         "mailbox",
     )
 
     def __init__(self, key: FlowKey, around: Surroundings, *, is_new: bool) -> None:
         self.key = key
+        self.asked_at = 0
         self.mailbox = Mailbox(around.limits.mailbox)
         self._around = around
         self._draft: Draft | None = None
+        self._doubtful: Draft | None = None
         self._flow: StoredFlow | None = None
         self._doc: bytes | None = None
         self._seq = 0
@@ -161,8 +180,10 @@ class Actor:
         self._is_loaded = True
         if snapshot is not None:
             self._flow, self._doc, self._seq = snapshot.flow, snapshot.doc, snapshot.last_seq
-            self._children = Children(snapshot.active, snapshot.run_ids)
+            self._children = Children.of(snapshot.active, snapshot.run_ids)
             self._to_recover = True
+            self._note_dues(snapshot.flow, snapshot.active)
+        self._clear_doubt(snapshot)
         self._wake()
 
     def _forget(self) -> None:
@@ -213,10 +234,12 @@ class Actor:
             running=around.code.running,
             driven=around.code.is_driven(self.key),
             controllers=around.controllers,
+            closing=around.code.is_stopping,
         )
         turn = Turn(view, self._seq)
         if self._to_recover:
-            turn.take(Recover(functions=around.functions), "runtime")
+            bound = around.code.bound_of(self.key)
+            turn.take(Recover(functions=around.functions, bound=bound), "runtime")
             self._to_recover = False
         docs = _Docs(self._flow, self._doc)
         answers = []
@@ -267,9 +290,10 @@ class Actor:
         for envelope, reply in draft.answers:
             envelope.answer(reply)
         around.feed.announce(self.key, draft.events, first_position)
-        self._tell_ends(draft, ended_before)
-        if (at := due_at(draft.flow, around.limits)) is not None:
-            around.timers.note(at, self.key)
+        self._tell_ends(draft.tasks.values())
+        if has_ended(draft.flow) and not ended_before:
+            around.flow_ends.settle(self.key, draft.doc)
+        self._note_dues(draft.flow, draft.tasks.values())
         around.code.carry_out(self.key, draft.effects)
         self._go_on()
 
@@ -282,9 +306,28 @@ class Actor:
         code = Code.OUTCOME_UNKNOWN if unknown else Code.PERSIST_FAILED
         reply = Reply(None if unknown else self._doc, Refusal(code, str(error)))
         self._forget()
+        if unknown:
+            self._doubtful = draft
         for envelope, _ in draft.answers:
             envelope.answer(reply)
+        # What the draft would have set in motion is still due: look again, also if nobody calls.
+        around = self._around
+        around.clock.call_later(_LOOK_AGAIN_SECONDS, self._look_again)
         self._go_on()
+
+    def _look_again(self) -> None:
+        if not self._is_loaded and not self._around.code.is_stopping:
+            self._around.look_again(self.key)
+
+    def _clear_doubt(self, snapshot: Snapshot | None) -> None:
+        """The snapshot says whether a draft nobody could vouch for is on disk; if it is, tell its ends now."""
+        doubtful, self._doubtful = self._doubtful, None
+        if doubtful is None or snapshot is None or snapshot.last_seq < doubtful.seq:
+            return
+        self._around.feed.doubt(self.key)
+        self._tell_ends(doubtful.tasks.values())
+        if has_ended(snapshot.flow):
+            self._around.flow_ends.settle(self.key, snapshot.doc)
 
     def _settle(self, answers: list[tuple[Envelope, Reply]], effects: list[Effect]) -> None:
         for envelope, reply in answers:
@@ -292,16 +335,21 @@ class Actor:
         if effects:
             self._around.code.carry_out(self.key, effects)
 
-    def _tell_ends(self, draft: Draft, ended_before: bool) -> None:
+    def _tell_ends(self, tasks: Iterable[StoredTask]) -> None:
         around = self._around
-        for task in draft.tasks.values():
+        for task in tasks:
             if not is_active(task):
+                around.code.ended(self.key, task)
                 if around.task_ends.wanted(task.task_id):
                     around.task_ends.settle(task.task_id, codec.encode(task))
-            elif task.next_attempt_at is not None:
-                around.timers.note(task.next_attempt_at, self.key)
-        if has_ended(draft.flow) and not ended_before:
-            around.flow_ends.settle(self.key, draft.doc)
+
+    def _note_dues(self, flow: StoredFlow, tasks: Iterable[StoredTask]) -> None:
+        timers = self._around.timers
+        if (at := due_at(flow, self._around.limits)) is not None:
+            timers.note(at, self.key)
+        for task in tasks:
+            if task.next_attempt_at is not None:
+                timers.note(task.next_attempt_at, self.key)
 
     def _go_on(self) -> None:
         if self.mailbox:

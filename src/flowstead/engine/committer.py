@@ -71,15 +71,22 @@ class Committer:
         """Commit until stopped. One caller, for the life of the runtime."""
         while True:
             if self._pending:
-                await self._store.upkeep(idle=False)
+                await self._upkeep(idle=False)
                 await self._commit(self._take())
                 continue
             if self._stopping:
                 return
             self._wanted.clear()
-            await self._store.upkeep(idle=True)
+            await self._upkeep(idle=True)
             if not self._pending and not self._stopping:
                 await self._wanted.wait()
+
+    async def _upkeep(self, *, idle: bool) -> None:
+        try:
+            await self._store.upkeep(idle=idle)
+        except Exception as error:
+            # It can be done later; commits matter more.
+            log.warning("upkeep.failed", error=repr(error))
 
     def _take(self) -> list[tuple[FlowWrite, Writer]]:
         return [self._pending.popleft() for _ in range(min(self._batch, len(self._pending)))]

@@ -24,7 +24,7 @@ from flowstead.engine.mailbox import Envelope, Reply
 from flowstead.engine.supervisor import Door, Supervisor
 from flowstead.engine.timers import Timers
 from flowstead.engine.waiters import Waiters
-from flowstead.errors import RuntimeClosed
+from flowstead.errors import RuntimeClosed, StoreError
 from flowstead.model.code import MAILBOX_FULL
 from flowstead.model.command import Command, ReleaseTasks, Tick
 from flowstead.model.flow import FlowKey
@@ -34,6 +34,7 @@ from flowstead.store.port import Store
 log = get_logger(__name__)
 
 _RECOVERY_PAGE: Final = 256
+_RECOVER_AGAIN_SECONDS: Final = 1.0
 _LET_GO_AT_ONCE: Final = 2_000
 _RUNTIME: Final = "runtime"
 
@@ -95,13 +96,14 @@ class Engine:
             flow_ends=self.flow_ends,
             task_ends=self.task_ends,
             rested=self._rested,
+            look_again=self._look_again,
         )
         # Least recently asked first; an actor that goes is only memory, its flow is in the store.
-        self._actors: OrderedDict[FlowKey, tuple[Actor, int]] = OrderedDict()
+        self._actors: OrderedDict[FlowKey, Actor] = OrderedDict()
         self._sweep: Handle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._quiet: asyncio.Event | None = None
-        self._is_closed = False
+        self._is_closed = self._is_shut = False
         self.unregistered: dict[str, int] = {}
 
     # ---- asking -----------------------------------------------------------------------------------
@@ -112,7 +114,12 @@ class Engine:
         """Post a command; the future is settled once what it says is durable.
 
         Cancelling the future changes nothing about the command. A full mailbox answers `overloaded` at once.
+
+        Raises:
+            RuntimeClosed: Closing has begun.
         """
+        if self._is_closed:
+            raise RuntimeClosed("This runtime is closing. Nothing was changed.")
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         try:
             self._actor(key, is_new).post(Envelope(command, actor, reply))
@@ -129,15 +136,21 @@ class Engine:
                 return reply
 
     async def report(self, key: FlowKey, command: Command) -> Reply:
-        """A command of the runtime itself: always accepted, also while closing."""
+        """A command of the runtime itself: always accepted, also while closing.
+
+        Raises:
+            RuntimeClosed: The runtime is closed; only code that would not stop can get here.
+        """
+        if self._is_shut:
+            raise RuntimeClosed("This runtime is closed.")
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._actor(key, False).post(Envelope(command, _RUNTIME, reply), bounded=False)
         return await reply
 
     def doc_of(self, key: FlowKey) -> bytes | None:
         """The stored record of a flow that is in memory."""
-        entry = self._actors.get(key)
-        return None if entry is None else entry[0].doc
+        actor = self._actors.get(key)
+        return None if actor is None else actor.doc
 
     def statistics(self) -> Statistics:
         """Counts, without waiting."""
@@ -145,7 +158,7 @@ class Engine:
         return Statistics(
             flows_in_memory=len(self._actors),
             running_children=self.supervisor.running_count,
-            waiting_mutations=sum(len(actor.mailbox) for actor, _ in self._actors.values()),
+            waiting_mutations=sum(len(actor.mailbox) for actor in self._actors.values()),
             commits=counts.batches,
             flow_writes=counts.writes,
             failed_writes=counts.failed,
@@ -155,43 +168,49 @@ class Engine:
     # ---- actors -----------------------------------------------------------------------------------
 
     def _actor(self, key: FlowKey, is_new: bool) -> Actor:
-        entry = self._actors.get(key)
-        actor = Actor(key, self._around, is_new=is_new) if entry is None else entry[0]
-        self._actors[key] = (actor, self.clock.now())
-        self._actors.move_to_end(key)
+        actor = self._actors.get(key)
+        if actor is None:
+            actor = self._actors[key] = Actor(key, self._around, is_new=is_new)
+        else:
+            self._actors.move_to_end(key)
+        actor.asked_at = self.clock.now()
         if self._sweep is None and not self._is_closed:
             self._sweep = self.clock.call_later(self.limits.idle_seconds, self._let_go)
         return actor
 
     def _rested(self, actor: Actor) -> None:
         """An actor has nothing left to do. One without a flow is not worth keeping."""
-        entry = self._actors.get(actor.key)
-        if actor.doc is None and entry is not None and entry[0] is actor:
+        if actor.doc is None and self._actors.get(actor.key) is actor:
             del self._actors[actor.key]
         if self._quiet is not None and self._is_quiet():
             self._quiet.set()
 
     def _is_quiet(self) -> bool:
-        return all(actor.is_idle for actor, _ in self._actors.values())
+        return all(actor.is_idle for actor in self._actors.values())
 
     def _let_go(self) -> None:
         """Forget flows nobody has asked for lately; a few at a time, so that the loop never waits long."""
         self._sweep = None
         stale = self.clock.now() - round(self.limits.idle_seconds * 1000)
         for _ in range(min(len(self._actors), _LET_GO_AT_ONCE)):
-            key, (actor, asked_at) = next(iter(self._actors.items()))
-            if asked_at > stale:
+            key, actor = next(iter(self._actors.items()))
+            if actor.asked_at > stale:
                 break
             if actor.is_idle and not self.supervisor.has_code(key):
                 del self._actors[key]
             else:
-                self._actors[key] = (actor, self.clock.now())
+                actor.asked_at = self.clock.now()
                 self._actors.move_to_end(key)
         if not self._actors or self._is_closed:
             return
-        _, oldest = next(iter(self._actors.values()))
-        wait = max(0.01, (oldest - stale) / 1000)
+        oldest = next(iter(self._actors.values()))
+        wait = max(0.01, (oldest.asked_at - stale) / 1000)
         self._sweep = self.clock.call_later(wait, self._let_go)
+
+    def _look_again(self, key: FlowKey) -> None:
+        """A flow whose last draft was dropped: see what its snapshot says is due."""
+        if not self._is_closed:
+            self._actor(key, False).nudge()
 
     def _tick(self, key: FlowKey) -> None:
         if not self._is_closed:
@@ -217,8 +236,8 @@ class Engine:
             task = asyncio.create_task(job(), name=f"flowstead {name}")
             task.add_done_callback(_log_failure)
             self._tasks.append(task)
-        # One step, so that the supervisor's task group stands before anything can be started in it.
-        await asyncio.sleep(0)
+        # Nothing can be started before the supervisor's task group stands.
+        await self.supervisor.wait_ready()
 
     async def aclose(self) -> None:
         """Stop code, answer everybody, flush, let go of the store.
@@ -235,10 +254,8 @@ class Engine:
         await asyncio.wait({supervisor}, timeout=self.limits.shutdown_grace)
         if not supervisor.done():
             log.error("children.abandoned", running=self.supervisor.running_count)
-        await self._release()
-        self._quiet = asyncio.Event()
-        if not self._is_quiet():
-            await self._quiet.wait()
+        await self._settle()
+        self._is_shut = True
         self.committer.stop()
         await asyncio.wait({committer})
         for task in (loader, *others):
@@ -250,18 +267,35 @@ class Engine:
         self.task_ends.fail_all(closed)
         await self.store.aclose()
 
-    async def _release(self) -> None:
-        interrupted = self.supervisor.interrupted
-        await asyncio.gather(
-            *(
+    async def _settle(self) -> None:
+        """Let every actor answer its mail, and put stopped children back in the queue, until both are done."""
+        while True:
+            self._quiet = asyncio.Event()
+            if not self._is_quiet():
+                await self._quiet.wait()
+            interrupted = dict(self.supervisor.interrupted)
+            self.supervisor.interrupted.clear()
+            if not interrupted:
+                return
+            releases = [
                 self.report(key, ReleaseTasks(task_ids=tuple(task_ids)))
                 for key, task_ids in interrupted.items()
-            ),
-            return_exceptions=True,
-        )
+            ]
+            await asyncio.gather(*releases, return_exceptions=True)
 
     async def _recover(self) -> None:
-        """Set in motion again what the last owner left unfinished, oldest first, page by page."""
+        """Set in motion again what the last owner left unfinished; a store that fails is asked again."""
+        while True:
+            try:
+                return await self._recover_all()
+            except StoreError as error:
+                log.error("recovery.failed", reason=str(error))
+                again = asyncio.Event()
+                self.clock.call_later(_RECOVER_AGAIN_SECONDS, again.set)
+                await again.wait()
+
+    async def _recover_all(self) -> None:
+        """Oldest first, page by page."""
         if self._controllers:
             counts = await self.store.count_by_controller()
             self.unregistered = {

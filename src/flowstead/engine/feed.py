@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
 
-from flowstead.errors import RuntimeClosed
+from flowstead.errors import FlowNotFound, RuntimeClosed
+from flowstead.model.code import NOT_FOUND
 from flowstead.model.event import Event
 from flowstead.model.flow import FlowKey
 from flowstead.store import codec
@@ -36,6 +37,7 @@ class Watcher:
         self._feed = feed
         self.scope = scope
         self.flow_id = flow_id
+        self.key: FlowKey | None = None
         self._cursor = after
         self._bound = bound
         self._live: deque[tuple[bytes, int]] = deque()
@@ -45,6 +47,9 @@ class Watcher:
         self._closed = False
 
     async def __aenter__(self) -> Watcher:
+        if self.flow_id is not None:
+            self.key = await self._feed.find(self.scope, self.flow_id)
+            self.scope = Scope(self.key.owner_key)
         self._feed.add(self)
         if self._cursor is None:
             self._cursor = await self._feed.newest(self.scope, self.flow_id)
@@ -84,10 +89,15 @@ class Watcher:
     def offer(self, doc: bytes, position: int) -> None:
         """A committed event. Never waits: what does not fit is left to the history."""
         if len(self._live) >= self._bound:
-            self._live.clear()
-            self._behind = True
+            self.fall_behind()
         if not self._behind:
             self._live.append((doc, position))
+        self._news.set()
+
+    def fall_behind(self) -> None:
+        """There may be events that were never offered: read on in the history."""
+        self._live.clear()
+        self._behind = True
         self._news.set()
 
     def close(self) -> None:
@@ -136,17 +146,18 @@ class Feed:
 
     def announce(self, key: FlowKey, rows: Sequence[EventRow], first_position: int) -> None:
         """Events of one flow that have just been committed."""
-        watchers = [
-            *self._of_flow.get(key, ()),
-            *self._of_owner.get(key.owner_key, ()),
-            *self._of_owner.get(None, ()),
-        ]
+        watchers = self._watchers_of(key)
         if not watchers:
             return
         for index, row in enumerate(rows):
             doc = row.doc.encode()
             for watcher in watchers:
                 watcher.offer(doc, first_position + index)
+
+    def doubt(self, key: FlowKey) -> None:
+        """Events of this flow are on disk that were never announced."""
+        for watcher in self._watchers_of(key):
+            watcher.fall_behind()
 
     def close(self) -> None:
         """End every watcher once it has seen what is committed."""
@@ -166,10 +177,17 @@ class Feed:
         place = self._place(watcher)
         place.discard(watcher)
         if not place:
-            if watcher.flow_id is None:
+            if watcher.key is None:
                 del self._of_owner[watcher.scope.owner_key]
             else:
-                del self._of_flow[self._key(watcher)]
+                del self._of_flow[watcher.key]
+
+    async def find(self, scope: Scope, flow_id: str) -> FlowKey:
+        """The flow a watcher means."""
+        flow = await self._store.find_flow(scope, flow_id)
+        if flow is None:
+            raise FlowNotFound(NOT_FOUND.reason)
+        return FlowKey(flow.owner_key, flow.flow_id)
 
     async def newest(self, scope: Scope, flow_id: str | None) -> int:
         """The number of the newest event there is."""
@@ -184,11 +202,13 @@ class Feed:
         return await self._store.history(scope, flow_id, after_seq=after, limit=limit)
 
     def _place(self, watcher: Watcher) -> set[Watcher]:
-        if watcher.flow_id is None:
+        if watcher.key is None:
             return self._of_owner.setdefault(watcher.scope.owner_key, set())
-        return self._of_flow.setdefault(self._key(watcher), set())
+        return self._of_flow.setdefault(watcher.key, set())
 
-    @staticmethod
-    def _key(watcher: Watcher) -> FlowKey:
-        assert watcher.flow_id is not None
-        return FlowKey(watcher.scope.owner_key or "", watcher.flow_id)
+    def _watchers_of(self, key: FlowKey) -> list[Watcher]:
+        return [
+            *self._of_flow.get(key, ()),
+            *self._of_owner.get(key.owner_key, ()),
+            *self._of_owner.get(None, ()),
+        ]

@@ -42,7 +42,9 @@ class ChildScope:
 async def run_guarded(
     child: ChildScope,
     code: Callable[[], Awaitable[Json]],
+    *,
     encode_result: Callable[[Json], Encoded],
+    is_shutdown: Callable[[], bool],
 ) -> tuple[Outcome, Encoded | UnsetType]:
     """Run a child's code to its one outcome, with the encoded result where it succeeded.
 
@@ -50,20 +52,20 @@ async def run_guarded(
     timed out all the same.
 
     Raises:
-        asyncio.CancelledError: The whole group is being cancelled, so there is no outcome.
+        asyncio.CancelledError: The runtime is shutting down, so there is no outcome.
     """
-    outcome: Outcome | None = None
-    with child.scope:
-        try:
+    try:
+        with child.scope:
             value = await code()
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError) and _was_cancelled_from_outside():
-                raise
-            outcome = _failed(error, child.reason)
-        else:
             if child.reason is not StopReason.TIMED_OUT:
                 return _succeeded(encode_result, value)
-    return outcome or stopped(child.reason), UNSET
+    except BaseException as error:
+        if isinstance(error, asyncio.CancelledError):
+            if is_shutdown():
+                raise
+            uncancel()
+        return _failed(error, child.reason), UNSET
+    return stopped(child.reason), UNSET
 
 
 def stopped(reason: StopReason | None, detail: str | None = None) -> Outcome:
@@ -109,7 +111,7 @@ def _succeeded(
 
 
 def _failed(error: BaseException, reason: StopReason | None) -> Outcome:
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, asyncio.CancelledError) and reason is None:
         return Failed(
             Failure(
                 kind="child_cancelled_itself",
@@ -122,9 +124,11 @@ def _failed(error: BaseException, reason: StopReason | None) -> Outcome:
     return Failed(failure) if reason is None else stopped(reason, failure.message)
 
 
-def _was_cancelled_from_outside() -> bool:
+def uncancel() -> None:
+    """Take back a cancellation that was nobody's but the child's own, so that its end can still be reported."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    while task is not None and task.cancelling():
+        task.uncancel()
 
 
 def _joined(message: str, detail: str | None) -> str:

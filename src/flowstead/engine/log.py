@@ -11,6 +11,9 @@ from typing import Any
 
 import structlog
 
+# Without this, warnings of a library whose host configures nothing would end up on stderr.
+logging.getLogger("flowstead").addHandler(logging.NullHandler())
+
 
 def get_logger(name: str) -> Any:
     """A structlog logger over the stdlib logger of that name."""

@@ -21,10 +21,10 @@ import anyio
 from anyio.abc import TaskGroup
 
 from flowstead.engine.clock import Clock, Ids
-from flowstead.engine.guard import ChildScope, describe, run_guarded
+from flowstead.engine.guard import ChildScope, describe, run_guarded, uncancel
 from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Reply
-from flowstead.errors import CancelPending, FlowError
+from flowstead.errors import CancelPending, FlowError, RuntimeClosed
 from flowstead.model.code import Code
 from flowstead.model.command import (
     Command,
@@ -46,7 +46,6 @@ from flowstead.model.effect import (
 from flowstead.model.flow import Failure, FlowKey, Json
 from flowstead.model.limits import Limits
 from flowstead.model.task import StoredTask
-from flowstead.rules.endings import may_retry
 from flowstead.rules.user_json import encode_json
 
 log = get_logger(__name__)
@@ -67,6 +66,10 @@ class Door(Protocol):
 
     def forget(self, key: FlowKey, task: StoredTask) -> None:
         """The child has ended; its code is not needed any more."""
+        ...
+
+    def bound_of(self, key: FlowKey) -> Container[str]:
+        """Names of the flow's children whose unregistered functions are in memory."""
         ...
 
     async def drive(self, key: FlowKey, controller_id: str, doc: bytes) -> None:
@@ -107,12 +110,6 @@ class Crew:
             self._empty.set()
         return self.members == 0
 
-    def cancel(self) -> None:
-        """Cancel every member."""
-        self._empty.set()
-        if self.group is not None:
-            self.group.cancel_scope.cancel()
-
 
 class Supervisor:
     """Starts, stops and reports running code."""
@@ -134,6 +131,7 @@ class Supervisor:
         self._group: TaskGroup | None = None
         self._children: dict[str, ChildScope] = {}
         self._crews: dict[FlowKey, Crew] = {}
+        self._ready = asyncio.Event()
         self._stopping = False
         self.interrupted: dict[FlowKey, list[str]] = {}
 
@@ -141,6 +139,19 @@ class Supervisor:
     def running(self) -> Container[str]:
         """Ids of children whose code runs here, or whose end is not recorded yet."""
         return self._children
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing may be started any more."""
+        return self._stopping
+
+    def bound_of(self, key: FlowKey) -> Container[str]:
+        """Names of the flow's children whose unregistered functions are in memory."""
+        return self._door.bound_of(key)
+
+    def ended(self, key: FlowKey, task: StoredTask) -> None:
+        """A child's end is on disk: its function is not needed any more."""
+        self._door.forget(key, task)
 
     @property
     def running_count(self) -> int:
@@ -156,9 +167,14 @@ class Supervisor:
         """Whether any code of the flow runs here."""
         return key in self._crews
 
+    async def wait_ready(self) -> None:
+        """Return once code can be started."""
+        await self._ready.wait()
+
     async def run(self) -> None:
         """Hold the crews until `stop`."""
         async with anyio.create_task_group() as self._group:
+            self._ready.set()
             await anyio.sleep_forever()
 
     def stop(self) -> None:
@@ -187,7 +203,10 @@ class Supervisor:
 
     def _start_task(self, key: FlowKey, task: StoredTask) -> None:
         current = self._children.get(task.task_id)
-        if self._stopping or (current is not None and current.attempt == task.attempt):
+        if current is not None and current.attempt == task.attempt:
+            return
+        if self._stopping:
+            self._interrupt(key, task)
             return
         child = self._children[task.task_id] = ChildScope(task.attempt)
         self._crew(key).start(partial(self._run_task, key, task, child))
@@ -218,10 +237,7 @@ class Supervisor:
         if task.timeout is not None:
             timer = self._clock.call_later(task.timeout, partial(child.stop, StopReason.TIMED_OUT))
         try:
-            end = await self._run_to_end(key, task, child)
-            await self._record(key, end)
-            if not may_retry(task, end.outcome):
-                self._door.forget(key, task)
+            await self._record(key, await self._run_to_end(key, task, child))
         finally:
             if self._children.get(task.task_id) is child:
                 del self._children[task.task_id]
@@ -236,9 +252,14 @@ class Supervisor:
             code = self._door.code_of(key, task)
             if code is None:
                 code = _no_code
-            outcome, result = await run_guarded(child, code, self._encode_result)
+            outcome, result = await run_guarded(
+                child,
+                code,
+                encode_result=self._encode_result,
+                is_shutdown=lambda: self._stopping,
+            )
         except asyncio.CancelledError:
-            self.interrupted.setdefault(key, []).append(task.task_id)
+            self._interrupt(key, task)
             raise
         return EndReport(
             task_id=task.task_id,
@@ -247,6 +268,9 @@ class Supervisor:
             result=result,
             chance=self._ids.chance(),
         )
+
+    def _interrupt(self, key: FlowKey, task: StoredTask) -> None:
+        self.interrupted.setdefault(key, []).append(task.task_id)
 
     def _encode_result(self, value: Json) -> Any:
         limits = self._limits
@@ -257,10 +281,18 @@ class Supervisor:
     async def _record(self, key: FlowKey, end: Command) -> None:
         """Report an end until it is on disk. Cancelling does not take back a report."""
         while True:
-            reply = await self._report(key, end)
-            if reply.refusal is None or reply.refusal.code not in _UNSETTLED or self._stopping:
+            try:
+                reply = await self._report(key, end)
+            except RuntimeClosed:
                 return
-            log.warning("end.not_recorded", flow_id=key.flow_id, reason=reply.refusal.reason)
+            except Exception as error:
+                # The flow cannot be read just now. The end must not get lost, nor take its siblings along.
+                reason = str(error)
+            else:
+                if reply.refusal is None or reply.refusal.code not in _UNSETTLED:
+                    return
+                reason = reply.refusal.reason
+            log.warning("end.not_recorded", flow_id=key.flow_id, reason=reason)
             again = asyncio.Event()
             self._clock.call_later(_REPORT_AGAIN_SECONDS, again.set)
             await again.wait()
@@ -273,9 +305,7 @@ class Supervisor:
         end: Command = ControllerStopped()
         try:
             with scope:
-                entered = await self._report(key, EnterController())
-                if entered.refusal is None and entered.doc is not None:
-                    end = await self._drive(key, controller_id, entered.doc)
+                end = await self._enter(key, controller_id)
             # From here on the flow is not driven any more, so that its end can be concluded.
             crew.controller = None
             await self._record(key, end)
@@ -284,6 +314,16 @@ class Supervisor:
                 crew.controller = None
             self._leave(key)
 
+    async def _enter(self, key: FlowKey, controller_id: str) -> Command:
+        try:
+            entered = await self._report(key, EnterController())
+        except FlowError as error:
+            log.warning("controller.not_entered", flow_id=key.flow_id, reason=str(error))
+            return ControllerStopped()
+        if entered.refusal is not None or entered.doc is None:
+            return ControllerStopped()
+        return await self._drive(key, controller_id, entered.doc)
+
     async def _drive(self, key: FlowKey, controller_id: str, doc: bytes) -> Command:
         """Run the controller and say how it ended, as a command."""
         try:
@@ -291,9 +331,13 @@ class Supervisor:
         except CancelPending:
             return ControllerStopped()
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            crew = self._crews.get(key)
+            asked = (
+                crew is not None and crew.controller is not None and crew.controller.cancel_called
+            )
+            if self._stopping or asked:
                 raise
+            uncancel()
             failure = Failure(kind="exception", code="CancelledError", message="raised by itself")
         except BaseException as error:
             failure = describe(error)

@@ -13,10 +13,15 @@ from collections.abc import Callable
 from typing import Final
 
 from flowstead.engine.clock import Clock, Handle
+from flowstead.engine.log import get_logger
+from flowstead.errors import StoreError
 from flowstead.model.flow import FlowKey
 from flowstead.store.port import Store
 
+log = get_logger(__name__)
+
 HORIZON_MS: Final = 60_000
+_READ_AGAIN_SECONDS: Final = 1.0
 _LONGEST_SECONDS: Final = 24 * 3600.0
 
 
@@ -43,16 +48,24 @@ class Timers:
         after = 0
         while True:
             self._look.clear()
-            self._horizon = until = self._clock.now() + HORIZON_MS
-            for due in await self._store.list_due(after=after, until=until):
-                heapq.heappush(self._heap, (due.at, due.key))
-            after = until
-            self._tick_due()
-            if self._heap:
-                self._arm(self._heap[0][0])
-            elif (following := await self._store.next_due(after=until)) is not None:
-                self._arm(following)
+            try:
+                after = await self._fetch(after)
+            except StoreError as error:
+                log.error("timers.not_read", reason=str(error))
+                self._clock.call_later(_READ_AGAIN_SECONDS, self._look.set)
             await self._look.wait()
+
+    async def _fetch(self, after: int) -> int:
+        """Put what is due up to the horizon on the heap, tick what is due already, arm for the next."""
+        self._horizon = until = self._clock.now() + HORIZON_MS
+        for due in await self._store.list_due(after=after, until=until):
+            heapq.heappush(self._heap, (due.at, due.key))
+        self._tick_due()
+        if self._heap:
+            self._arm(self._heap[0][0])
+        elif (following := await self._store.next_due(after=until)) is not None:
+            self._arm(following)
+        return until
 
     def close(self) -> None:
         """Arm nothing any more."""

@@ -92,7 +92,7 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     ended_at: int | None = None
 
 
-class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """A flow as the runtime keeps it: user JSON stays encoded, and bookkeeping rides along.
 
     `key` is the store's number for the flow; ids are unique only per owner.
@@ -111,11 +111,8 @@ def has_ended(flow: Flow) -> bool:
     return flow.ended_at is not None
 
 
-class FlowKey(msgspec.Struct, frozen=True, order=True):
+class FlowKey(msgspec.Struct, frozen=True, order=True, gc=False):
     """A flow's name inside a store: ids are unique per owner, so a stranger's id names nothing."""
 
     owner_key: str
     flow_id: str
-
-    def __hash__(self) -> int:
-        return hash((self.owner_key, self.flow_id))

@@ -5,6 +5,8 @@ The count and the next instant live in the child's row, so they survive restarts
 
 from __future__ import annotations
 
+from math import isfinite
+
 import msgspec
 
 
@@ -22,16 +24,23 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     jitter: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ValueError(f"Retry.max_attempts must be at least 1, not {self.max_attempts}.")
-        if not (self.initial >= 0 and self.factor >= 1 and self.max_delay >= 0):
-            raise ValueError("Retry needs initial >= 0, factor >= 1 and max_delay >= 0.")
-        if not 0 <= self.jitter <= 1:
+        if type(self.max_attempts) is not int or self.max_attempts < 1:
+            raise ValueError(
+                f"Retry.max_attempts must be a whole number of at least 1, not {self.max_attempts!r}."
+            )
+        for name in ("initial", "factor", "max_delay", "jitter"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not isfinite(value) or value < 0:
+                raise ValueError(f"Retry.{name} must be a finite number, 0 or more, not {value!r}.")
+        if self.factor < 1:
+            raise ValueError(f"Retry.factor must be at least 1, not {self.factor}.")
+        if self.jitter > 1:
             raise ValueError(f"Retry.jitter is a share between 0 and 1, not {self.jitter}.")
 
     def delay_after(self, failures: int, chance: float) -> float:
         """Seconds to wait after the given number of failures; `chance` in [0, 1) places the jitter."""
-        exponent = min(failures - 1, 64)
-        return min(self.initial * self.factor**exponent, self.max_delay) * (
-            1 - self.jitter * chance
-        )
+        try:
+            delay = min(self.initial * self.factor ** (failures - 1), self.max_delay)
+        except OverflowError:
+            delay = self.max_delay
+        return delay * (1 - self.jitter * chance)

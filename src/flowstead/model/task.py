@@ -100,7 +100,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_def
     limit: int | None = None
 
 
-class StoredTask(Task, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class StoredTask(Task, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """A child as the runtime keeps it. `interruptions` counts attempts cut off by a crash."""
 
     key: int

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 from flowstead.model.task import StoredTask, TaskStatus, is_active
 
 
@@ -25,20 +27,21 @@ class Group:
         self.running = 0
 
 
-class Children:
+class Children(msgspec.Struct, gc=False):
     """The book. `active` maps task id to the child; read it freely, change it only by `put`."""
 
-    __slots__ = ("_groups", "_in_line", "active", "run_ids")
+    active: dict[str, StoredTask] = {}
+    run_ids: dict[str, str] = {}
+    _groups: dict[str, Group] = {}
+    _in_line: dict[str, None] = {}
 
-    def __init__(
-        self, active: Iterable[StoredTask] = (), run_ids: Iterable[tuple[str, str]] = ()
-    ) -> None:
-        self.active: dict[str, StoredTask] = {}
-        self.run_ids: dict[str, str] = dict(run_ids)
-        self._groups: dict[str, Group] = {}
-        self._in_line: set[str] = set()
+    @classmethod
+    def of(cls, active: Iterable[StoredTask], run_ids: Iterable[tuple[str, str]]) -> Children:
+        """The book of a flow that has just been loaded."""
+        book = cls(run_ids=dict(run_ids))
         for task in active:
-            self.put(task)
+            book.put(task)
+        return book
 
     def put(self, task: StoredTask) -> None:
         """Take over a child as it is now."""
@@ -57,7 +60,7 @@ class Children:
         """Put a queued child at the end of its group's line, unless it stands there already."""
         task = self.active.get(task_id)
         if task is not None and task_id not in self._in_line:
-            self._in_line.add(task_id)
+            self._in_line[task_id] = None
             self._group_of(task).queue.append(task_id)
 
     def next_startable(self, default_limit: int) -> Iterator[StoredTask]:
@@ -69,7 +72,7 @@ class Children:
             limit = default_limit if group.limit is None else group.limit
             while group.queue and group.running < limit:
                 task_id = group.queue.popleft()
-                self._in_line.discard(task_id)
+                del self._in_line[task_id]
                 task = self.active.get(task_id)
                 if task is not None and task.status is TaskStatus.QUEUED:
                     yield task

@@ -482,8 +482,8 @@ def _stop_children(
     view: View, tasks: list[StoredTask], why: str
 ) -> tuple[list[endings.Change], tuple[StopTask, ...]]:
     """End what has no code running here, and stop what has."""
-    stopped = [t for t in tasks if t.task_id in view.running]
-    ended = [_end_cancelled(t, view.now, why) for t in tasks if t.task_id not in view.running]
+    stopped = [t for t in tasks if view.has_code(t)]
+    ended = [_end_cancelled(t, view.now, why) for t in tasks if not view.has_code(t)]
     return ended, tuple(StopTask(t.task_id, StopReason.CANCELLED) for t in stopped)
 
 

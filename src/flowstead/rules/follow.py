@@ -25,10 +25,10 @@ def end_children(view: View) -> Decision:
     launched = view.children.launched()
     if not launched:
         return NOTHING
-    idle = [task for task in launched if task.task_id not in view.running]
+    idle = [task for task in launched if not view.has_code(task)]
     failure = endings.cancelled("the flow ended")
     ended = [endings.end(task, view.now, Cancelled(failure)) for task in idle]
-    stopped = [task.task_id for task in launched if task.task_id in view.running]
+    stopped = [task.task_id for task in launched if view.has_code(task)]
     return Decision(
         tasks=tuple(task for task, _ in ended),
         facts=tuple(fact for _, fact in ended),

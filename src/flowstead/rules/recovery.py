@@ -13,7 +13,7 @@ from flowstead.model import command as c
 from flowstead.model.code import NOT_FOUND, Refusal
 from flowstead.model.effect import StartController, StartTask
 from flowstead.model.flow import Failure, FlowStatus, StoredFlow, has_ended
-from flowstead.model.task import Cancelled, Lost, OnRestart, StoredTask, TaskStatus
+from flowstead.model.task import Cancelled, Launch, Lost, OnRestart, StoredTask, TaskStatus
 from flowstead.rules import endings
 from flowstead.rules.view import Decision, View
 
@@ -67,22 +67,31 @@ def fate_of(task: StoredTask, view: View, command: c.Recover) -> tuple[Fate, str
         return Fate.KEEP, "its code is running here"
     if has_ended(flow) or flow.cancel_requested_at is not None:
         return Fate.CANCEL, "interrupted by a restart after the flow ended or was asked to cancel"
-    keepable = launch.on_restart is OnRestart.RETRY and flow.controller_id in view.controllers
-    if launch.function is None and not keepable:
-        return Fate.LOSE, "the process ended, and the child's function was not registered"
-    if launch.function is not None and launch.function not in command.functions:
-        return Fate.KEEP, "its function is not registered in this runtime"
+    if not _has_function(task, launch, command):
+        return _without_function(flow, launch, view)
     if task.status is TaskStatus.QUEUED:
-        if launch.function is None or task.next_attempt_at is not None:
-            return Fate.KEEP, "its controller will ask for it, or its retry is not due"
+        if task.next_attempt_at is not None and task.next_attempt_at > view.now:
+            return Fate.KEEP, "its retry is not due"
         return Fate.LINE_UP, "it was waiting for its turn"
-    if launch.on_restart is OnRestart.LOST:
+    if launch.on_restart is OnRestart.LOST and launch.function is not None:
         return Fate.LOSE, "the process ended before the child's outcome was recorded"
     if task.interruptions >= view.limits.interruptions:
         return Fate.LOSE, f"interrupted {task.interruptions + 1} times; not started again"
-    if launch.function is None:
-        return Fate.KEEP, "its controller will ask for it"
     return Fate.RESTART, "it was cut off"
+
+
+def _has_function(task: StoredTask, launch: Launch, command: c.Recover) -> bool:
+    if launch.function is None:
+        return (task.run_id or task.task_id) in command.bound
+    return launch.function in command.functions
+
+
+def _without_function(flow: StoredFlow, launch: Launch, view: View) -> tuple[Fate, str]:
+    if launch.function is not None:
+        return Fate.KEEP, "its function is not registered in this runtime"
+    if launch.on_restart is OnRestart.RETRY and flow.controller_id in view.controllers:
+        return Fate.KEEP, "its controller will ask for it"
+    return Fate.LOSE, "the process ended, and the child's function was not registered"
 
 
 def _reenter(flow: StoredFlow, view: View) -> tuple[StartController, ...]:

@@ -20,7 +20,7 @@ from flowstead.rules.decide import decide
 from flowstead.rules.view import Decision, View
 
 
-class Taken(msgspec.Struct, frozen=True):
+class Taken(msgspec.Struct, frozen=True, gc=False):
     """One command's answer inside a turn: the flow as the command left it, and its refusal, if any.
 
     `children` are the tasks the answer is about: whole, or the id alone of one that ended before the turn.
@@ -82,7 +82,7 @@ class Turn:
             child_ended = any(not is_active(task) for task in decision.tasks)
             self._apply(follow.conclude_cancel(self.view, command, child_ended=child_ended), actor)
             flow = self.view.flow
-        elif not has_ended(flow):
+        elif not has_ended(flow) and not self.view.closing:
             self._apply(follow.start_children(self.view), actor)
         if flow is not None and has_ended(flow) and not (before is not None and has_ended(before)):
             self._apply(follow.end_children(self.view), actor)

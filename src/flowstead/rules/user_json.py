@@ -16,7 +16,19 @@ from flowstead.model.code import Code
 from flowstead.model.command import Defect, Encoded
 from flowstead.model.flow import Json
 
-_encode = msgspec.json.Encoder().encode
+
+def _plain(value: Any) -> Any:
+    """A scalar of a subclass (`Markup`, `numpy.str_`, …) as the plain value it is."""
+    if isinstance(value, str):
+        return "".join(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    raise TypeError(type(value).__qualname__)
+
+
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
 _PLAIN = frozenset({str, int, bool, type(None)})
 
 
@@ -48,6 +60,10 @@ def encode_json(value: Json, *, name: str, max_bytes: int, max_depth: int) -> En
         )
     except _TooLarge:
         return _too_large(name, f"more than {max_bytes}", max_bytes)
+    except Exception as error:
+        # A value whose own methods misbehave; whatever it is, it cannot be kept.
+        problem = f"{name} cannot be encoded ({type(error).__qualname__}). Nothing was written."
+        return Defect(Code.INVALID_STATE, problem)
     if len(encoded) > max_bytes:
         return _too_large(name, str(len(encoded)), max_bytes)
     return msgspec.Raw(encoded)
@@ -68,17 +84,18 @@ class _Walk:
         kind = type(value)
         if kind in _PLAIN:
             return
-        if kind is float:
+        if kind is float or isinstance(value, float):
             if not isfinite(value):
                 raise _NotJson(path, f"is {value}, which JSON would store as null.")
-        elif kind is dict:
+        elif kind is dict or isinstance(value, dict):
             self._enter(path, depth, len(value))
             for key, item in value.items():
                 if type(key) is not str and not isinstance(key, str):
-                    raise _NotJson(path, f"has the key {key!r}, and JSON keys are strings.")
+                    problem = f"has a key of type {type(key).__qualname__}; JSON keys are strings."
+                    raise _NotJson(path, problem)
                 if type(item) not in _PLAIN:
                     self.visit(item, f"{path}[{_shown(key)}]", depth + 1)
-        elif kind is list or kind is tuple:
+        elif isinstance(value, (list, tuple)):
             self._enter(path, depth, len(value))
             for index, item in enumerate(value):
                 if type(item) not in _PLAIN:

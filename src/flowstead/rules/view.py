@@ -12,7 +12,7 @@ from flowstead.model.effect import Effect
 from flowstead.model.event import EventType
 from flowstead.model.flow import Json, StoredFlow
 from flowstead.model.limits import Limits
-from flowstead.model.task import StoredTask
+from flowstead.model.task import StoredTask, TaskStatus
 from flowstead.rules.children import Children
 
 
@@ -20,11 +20,11 @@ class View:
     """The ground a decision stands on.
 
     `running` holds the ids of children whose code runs in this process, `driven` says whether the flow's
-    controller does, and `controllers` which controllers could. A child that is `running` by its record
-    but not in `running` was cut off by a crash.
+    controller does, `controllers` which controllers could, and `closing` that nothing may be started any
+    more. A child that is `running` by its record but not in `running` was cut off by a crash.
     """
 
-    __slots__ = ("children", "controllers", "driven", "flow", "limits", "now", "running")
+    __slots__ = ("children", "closing", "controllers", "driven", "flow", "limits", "now", "running")
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class View:
         running: Container[str] = (),
         driven: bool = False,
         controllers: Container[str] = (),
+        closing: bool = False,
     ) -> None:
         self.flow = flow
         self.children = children
@@ -44,9 +45,14 @@ class View:
         self.running = running
         self.driven = driven
         self.controllers = controllers
+        self.closing = closing
+
+    def has_code(self, task: StoredTask) -> bool:
+        """Whether code of the child's present attempt runs here. One that waits for a retry has none."""
+        return task.status is TaskStatus.RUNNING and task.task_id in self.running
 
 
-class Fact(msgspec.Struct, frozen=True):
+class Fact(msgspec.Struct, frozen=True, gc=False):
     """An event before it has a number: what happened, and the fields it changed by wire name."""
 
     type: EventType
@@ -54,7 +60,7 @@ class Fact(msgspec.Struct, frozen=True):
     task_id: str | None = None
 
 
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
+class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a command does: the new records, the facts to tell, the effects to carry out once durable.
 
     `flow` is None where the flow itself stays as it is. `lined_up` names queued children that may start as

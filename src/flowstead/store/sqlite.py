@@ -24,7 +24,14 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 import aiosqlite
 import msgspec
 
-from flowstead.errors import CommitFailed, OutcomeUnknown, StoreInUse, StoreUnusable, WriteConflict
+from flowstead.errors import (
+    CommitFailed,
+    OutcomeUnknown,
+    RuntimeClosed,
+    StoreInUse,
+    StoreUnusable,
+    WriteConflict,
+)
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow, FlowKey
 from flowstead.model.task import Task, TaskSummary
@@ -334,7 +341,8 @@ class SqliteStore:
     # ---- reading ----------------------------------------------------------------------------------
 
     async def _read(self, function: Callable[..., T], *args: Any) -> T:
-        assert self._reader is not None, "the store is closed"
+        if self._reader is None:
+            raise RuntimeClosed(f"{self.name} is closed.")
         try:
             return await self._reader.run(function, *args)
         except sqlite3.DatabaseError as error:

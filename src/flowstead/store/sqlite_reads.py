@@ -7,7 +7,7 @@ condition of the statement itself, never a filter afterwards.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from flowstead.errors import SnapshotUnreadable
@@ -153,36 +153,32 @@ def list_tasks(
     task_ids: Collection[str] | None,
 ) -> list[Task]:
     """A flow's children, oldest first."""
-    if task_ids is not None:
-        wanted = list(task_ids)
-        pages = [wanted[i : i + _PAGE] for i in range(0, len(wanted), _PAGE)]
-        found = [
-            row for page in pages for row in _tasks(connection, scope, flow_id, statuses, page)
-        ]
-    else:
-        found = list(_tasks(connection, scope, flow_id, statuses, None))
+    flow_key = key_of(connection, scope, flow_id)
+    if flow_key is None:
+        return []
+    wanted = [None] if task_ids is None else _pages(list(task_ids))
+    found = [row for page in wanted for row in _tasks(connection, flow_key, statuses, page)]
     found.sort(key=lambda row: row[0])
     return [codec.read_task(_text(doc)) for _, doc in found]
 
 
+def _pages(values: list[str]) -> list[list[str]]:
+    return [values[start : start + _PAGE] for start in range(0, len(values), _PAGE)]
+
+
 def _tasks(
     connection: sqlite3.Connection,
-    scope: Scope,
-    flow_id: str,
+    flow_key: int,
     statuses: Collection[str],
     task_ids: Collection[str] | None,
-) -> Iterator[tuple[int, bytes]]:
-    conditions, values = ["f.flow_id = ?"], [flow_id]
+) -> list[tuple[int, bytes]]:
+    where, values = "flow_key = ?", [flow_key, *statuses]
     if statuses:
-        conditions.append(_one_of("t.status", statuses))
-        values.extend(statuses)
+        where += " AND " + _one_of("status", statuses)
     if task_ids is not None:
-        conditions.append(_one_of("t.task_id", task_ids))
+        where += " AND " + _one_of("task_id", task_ids)
         values.extend(task_ids)
-    where, values = _scoped(scope, conditions, values)
-    yield from connection.execute(
-        "SELECT t.key, t.doc FROM flows AS f JOIN tasks AS t ON t.flow_key = f.key" + where, values
-    ).fetchall()
+    return connection.execute("SELECT key, doc FROM tasks WHERE " + where, values).fetchall()
 
 
 def summarize(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> TaskSummary | None:
@@ -202,21 +198,17 @@ def history(
     connection: sqlite3.Connection, scope: Scope, flow_id: str, after_seq: int, limit: int
 ) -> list[Event]:
     """A flow's events in order."""
-    where, values = _scoped(scope, ["f.flow_id = ?", "e.seq > ?"], [flow_id, after_seq])
     rows = connection.execute(
-        "SELECT e.doc, e.position FROM flows AS f JOIN events AS e ON e.flow_key = f.key"
-        + where
-        + " ORDER BY e.seq LIMIT ?",
-        (*values, limit),
+        "SELECT doc, position FROM events WHERE flow_key = ? AND seq > ? ORDER BY seq LIMIT ?",
+        (key_of(connection, scope, flow_id), after_seq, limit),
     ).fetchall()
     return [codec.read_event(_text(doc), position) for doc, position in rows]
 
 
 def last_seq(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int:
     """The number of a flow's newest event."""
-    where, values = _scoped(scope, ["f.flow_id = ?"], [flow_id])
     row = connection.execute(
-        "SELECT max(e.seq) FROM flows AS f JOIN events AS e ON e.flow_key = f.key" + where, values
+        "SELECT max(seq) FROM events WHERE flow_key = ?", (key_of(connection, scope, flow_id),)
     ).fetchone()
     return row[0] or 0
 
