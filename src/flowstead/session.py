@@ -59,6 +59,7 @@ from flowstead.model.task import (
     TerminalOutcome,
     TimedOut,
 )
+from flowstead.registry import TaskDefinition
 from flowstead.results import Applied, Created, Refused, Rejected, error_for, raise_refusal
 from flowstead.rules.user_json import encode_json
 from flowstead.store import codec
@@ -75,6 +76,15 @@ _FAILURES: Final[dict[TaskStatus, Callable[[Failure], Outcome]]] = {
     TaskStatus.TIMED_OUT: TimedOut,
     TaskStatus.CANCELLED: Cancelled,
 }
+
+
+class _Way(msgspec.Struct, frozen=True, kw_only=True):
+    """How a child is to be run: by somebody else, or here under a definition."""
+
+    runtime: str
+    definition: TaskDefinition | None = None
+    launch: Launch | None = None
+    timeout: float | None = None
 
 
 class SessionFlows(Desk):
@@ -365,87 +375,12 @@ class SessionFlows(Desk):
             ValueError, TypeError: An argument makes no sense, or `run` names no registered task.
         """
         engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
-        draft, bind = self._draft_task(
-            task=task,
-            runtime=runtime,
-            run=run,
-            input_json=input_json,
-            run_id=run_id,
-            child_session_key=child_session_key,
-            label=label,
-            status=status,
-            started_at=started_at,
-            last_event_at=last_event_at,
-            timeout=timeout,
-            retry=retry,
-        )
-        if wanted is None:
-            return _refused(NOT_FOUND, None)
-        key = FlowKey(self._session_key, wanted)
-        bind(key)
-        reply = await engine.ask(key, AddTasks(drafts=(draft,)), self._actor)
-        if reply.refusal is not None:
-            self._office.door.forget(key, draft)
-            return _refused(reply.refusal, _flow_in(reply))
-        [child] = reply.children
-        found = codec.expose_task(child) if isinstance(child, StoredTask) else None
-        if found is None:
-            found = await self.get_task(str(child))
-        if found is None or found.task_id != draft.task_id:
-            reason = f"Flow already has a task with run id {run_id!r}."
-            return Refused(Code.DUPLICATE, reason, True, _present(reply), found)
-        self._office.homes.remember(found.task_id, key)
-        return Created(_present(reply), found)
-
-    def _draft_task(
-        self,
-        *,
-        task: str,
-        runtime: str | None,
-        run: str | Callable[..., Awaitable[Json]] | None,
-        input_json: Json | UnsetType,
-        run_id: str | None,
-        child_session_key: str | None,
-        label: str | None,
-        status: str,
-        started_at: int | None,
-        last_event_at: int | None,
-        timeout: float | None,
-        retry: Retry | None,
-    ) -> tuple[TaskDraft, Callable[[FlowKey], object]]:
-        engine, door = self._office.engine, self._office.door
         begun = arguments.choice(status, TaskStatus, "status", _LINKABLE)
-        launch: Launch | None = None
-        limit = arguments.seconds(timeout, "timeout")
-        bind: Callable[[FlowKey], object] = lambda _key: None  # noqa: E731
-        if run is None:
-            if retry is not None or limit is not None:
-                raise ValueError("timeout and retry are for children launched with run=.")
-            runtime = (
-                arguments.text(
-                    runtime,
-                    "runtime",
-                    missing="A linked task needs a runtime; a launched one needs run=.",
-                )
-                if runtime is not None
-                else _missing_runtime()
-            )
-        else:
-            if begun is not TaskStatus.QUEUED:
-                raise ValueError("A child launched with run= starts as queued; leave status out.")
-            definition = door.define(run)
-            limit = definition.timeout if limit is None else limit
-            launch = door.launch(definition)
-            launch = msgspec.structs.replace(
-                launch,
-                retry=arguments.retry(retry) or launch.retry,
-                on_restart=OnRestart.LOST if launch.function is None else launch.on_restart,
-            )
-            runtime = arguments.optional_text(runtime, "runtime") or LAUNCHED_RUNTIME
+        way = self._way(run, runtime, begun, timeout, retry)
         draft = TaskDraft(
             key=engine.store.next_key(),
             task_id=engine.ids.task_id(),
-            runtime=runtime,
+            runtime=way.runtime,
             task=arguments.instruction(task, "task"),
             run_id=arguments.optional_text(run_id, "run_id"),
             child_session_key=arguments.optional_text(child_session_key, "child_session_key"),
@@ -454,12 +389,68 @@ class SessionFlows(Desk):
             status=begun,
             started_at=arguments.instant(started_at, "started_at"),
             last_event_at=arguments.instant(last_event_at, "last_event_at"),
-            timeout=limit,
-            launch=launch,
+            timeout=way.timeout,
+            launch=way.launch,
         )
-        if launch is not None:
-            bind = lambda key: door.bind(key, draft, definition)  # noqa: E731
-        return draft, bind
+        if wanted is None:
+            return _refused(NOT_FOUND, None)
+        return await self._add_task(FlowKey(self._session_key, wanted), draft, way.definition)
+
+    def _way(
+        self,
+        run: str | Callable[..., Awaitable[Json]] | None,
+        runtime: str | None,
+        begun: TaskStatus,
+        timeout: float | None,
+        retry: Retry | None,
+    ) -> _Way:
+        """Linked or launched, and under which policy."""
+        limit, policy = arguments.seconds(timeout, "timeout"), arguments.retry(retry)
+        who = None if runtime is None else arguments.text(runtime, "runtime")
+        if run is None:
+            if who is None:
+                raise ValueError("A linked task needs a runtime; a launched one needs run=.")
+            if limit is not None or policy is not None:
+                raise ValueError("timeout and retry are for children launched with run=.")
+            return _Way(runtime=who)
+        if begun is not TaskStatus.QUEUED:
+            raise ValueError("A child launched with run= starts as queued; leave status out.")
+        door = self._office.door
+        definition = door.define(run)
+        launch = door.launch(definition)
+        launch = msgspec.structs.replace(
+            launch,
+            retry=policy or launch.retry,
+            on_restart=OnRestart.LOST if launch.function is None else launch.on_restart,
+        )
+        return _Way(
+            runtime=who or LAUNCHED_RUNTIME,
+            definition=definition,
+            launch=launch,
+            timeout=definition.timeout if limit is None else limit,
+        )
+
+    async def _add_task(
+        self, key: FlowKey, draft: TaskDraft, definition: TaskDefinition | None
+    ) -> Created | Refused:
+        engine, door = self._office.engine, self._office.door
+        is_bound = definition is not None and door.bind(key, draft, definition)
+        reply = await engine.ask(key, AddTasks(drafts=(draft,)), self._actor)
+        if reply.refusal is not None:
+            if is_bound:
+                door.forget(key, draft)
+            return _refused(reply.refusal, _flow_in(reply))
+        [child] = reply.children
+        found = codec.expose_task(child) if isinstance(child, StoredTask) else None
+        if found is None:
+            # It ended long ago, so nothing will run under its name any more.
+            door.forget(key, draft)
+            found = await self.get_task(str(child))
+        if found is None or found.task_id != draft.task_id:
+            reason = f"Flow already has a task with run id {draft.run_id!r}."
+            return Refused(Code.DUPLICATE, reason, True, _present(reply), found)
+        self._office.homes.remember(found.task_id, key)
+        return Created(_present(reply), found)
 
     async def start_task(self, task_id: str) -> Task | None:
         """Report that a linked child has started: queued → running. None if there is no such child."""
@@ -569,10 +560,6 @@ class SessionFlows(Desk):
         if isinstance(encoded, Defect):
             raise error_for(Code(encoded.code), encoded.reason)
         return encoded
-
-
-def _missing_runtime() -> str:
-    raise ValueError("A linked task needs a runtime; a launched one needs run=.")
 
 
 def _present(reply: Reply) -> Flow:

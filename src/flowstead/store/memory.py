@@ -165,8 +165,8 @@ class MemoryStore:
         return next((row for row in self._rows(scope) if row.flow_id == flow_id), None)
 
     def _rows(self, scope: Scope) -> Iterable[FlowRow]:
-        """Flows in scope, newest first."""
-        rows = reversed(self.tables.flows.values())
+        """Flows in scope, newest first. They were committed in another order than their keys were given."""
+        rows = [self.tables.flows[key] for key in sorted(self.tables.flows, reverse=True)]
         if scope.owner_key is None:
             return rows
         return (row for row in rows if row.owner_key == scope.owner_key)
