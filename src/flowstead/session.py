@@ -543,7 +543,7 @@ class SessionFlows(Desk):
             value, name=name, max_bytes=limits.state_bytes, max_depth=limits.json_depth
         )
         if isinstance(encoded, Raw) and len(memoryview(encoded)) > limits.state_warn_bytes:
-            log.warning("value.large", name=name, bytes=len(memoryview(encoded)))
+            log.warning("value.large", field=name, bytes=len(memoryview(encoded)))
         return encoded
 
     def _encode_wait(self, value: Json | UnsetType) -> Encoded | UnsetType:

@@ -26,7 +26,7 @@ from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Envelope, Mailbox, Reply
 from flowstead.engine.timers import Timers
 from flowstead.engine.waiters import Waiters
-from flowstead.errors import OutcomeUnknown, StoreError
+from flowstead.errors import OutcomeUnknown, SnapshotUnreadable, StoreError
 from flowstead.model.code import Code, Refusal
 from flowstead.model.command import Recover
 from flowstead.model.effect import Effect
@@ -175,6 +175,8 @@ class Actor:
             for envelope in self.mailbox.take(len(self.mailbox)):
                 envelope.fail(snapshot)
             log.error("flow.unreadable", flow_id=self.key.flow_id, reason=str(snapshot))
+            if not isinstance(snapshot, SnapshotUnreadable):
+                self._look_again_later()
             self._around.rested(self)
             return
         self._is_loaded = True
@@ -310,10 +312,12 @@ class Actor:
             self._doubtful = draft
         for envelope, _ in draft.answers:
             envelope.answer(reply)
-        # What the draft would have set in motion is still due: look again, also if nobody calls.
-        around = self._around
-        around.clock.call_later(_LOOK_AGAIN_SECONDS, self._look_again)
+        self._look_again_later()
         self._go_on()
+
+    def _look_again_later(self) -> None:
+        """What could not be done now is still due; see to it also if nobody calls."""
+        self._around.clock.call_later(_LOOK_AGAIN_SECONDS, self._look_again)
 
     def _look_again(self) -> None:
         if not self._is_loaded and not self._around.code.is_stopping:

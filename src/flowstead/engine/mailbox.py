@@ -72,10 +72,13 @@ class Mailbox(msgspec.Struct, gc=False):
 
     async def wait_for_room(self) -> None:
         """Return once an envelope may fit. Cancelling gives the place to the next in line."""
+        place = -1
         while len(self._envelopes) >= self._bound:
             room = asyncio.get_running_loop().create_future()
             self._room = self._room or []
-            self._room.append(room)
+            # Let in, but overtaken by somebody who did not wait: back to the head of the line.
+            self._room.insert(len(self._room) if place < 0 else place, room)
+            place = 0
             try:
                 await room
             except asyncio.CancelledError:

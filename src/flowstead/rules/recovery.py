@@ -68,7 +68,7 @@ def fate_of(task: StoredTask, view: View, command: c.Recover) -> tuple[Fate, str
     if has_ended(flow) or flow.cancel_requested_at is not None:
         return Fate.CANCEL, "interrupted by a restart after the flow ended or was asked to cancel"
     if not _has_function(task, launch, command):
-        return _without_function(flow, launch, view)
+        return _without_function(launch)
     if task.status is TaskStatus.QUEUED:
         if task.next_attempt_at is not None and task.next_attempt_at > view.now:
             return Fate.KEEP, "its retry is not due"
@@ -86,11 +86,11 @@ def _has_function(task: StoredTask, launch: Launch, command: c.Recover) -> bool:
     return launch.function in command.functions
 
 
-def _without_function(flow: StoredFlow, launch: Launch, view: View) -> tuple[Fate, str]:
+def _without_function(launch: Launch) -> tuple[Fate, str]:
     if launch.function is not None:
         return Fate.KEEP, "its function is not registered in this runtime"
-    if launch.on_restart is OnRestart.RETRY and flow.controller_id in view.controllers:
-        return Fate.KEEP, "its controller will ask for it"
+    if launch.on_restart is OnRestart.RETRY:
+        return Fate.KEEP, "its controller will ask for it, here or in another runtime"
     return Fate.LOSE, "the process ended, and the child's function was not registered"
 
 

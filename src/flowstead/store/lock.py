@@ -41,25 +41,43 @@ class OwnerLock:
         self._path = database.with_name(database.name + ".lock")
         self._name = database.name
         self._descriptor: int | None = None
+        self._beside: Path | None = None
 
     def acquire(self, *, takeover: bool) -> None:
-        """Take the lock at once or say who has it.
+        """Take the lock at once or say who has it; `confirm` it once the database is taken as well.
 
-        With `takeover`, a lock that is held is left to its holder and a new side file is put in its place.
+        With `takeover`, a lock that is held is left to its holder, and another file is locked beside it.
 
         Raises:
             StoreInUse: Somebody holds it, and `takeover` was not asked for.
         """
-        if not self._try(self._path):
-            if not takeover:
-                raise StoreInUse(self._name, self._holder())
-            self._replace()
+        if self._try(self._path):
+            return
+        if not takeover:
+            raise StoreInUse(self._name, self._holder())
+        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        if not self._try(beside):
+            raise StoreInUse(self._name, "this process, which is taking it over already")
+        self._beside = beside
+
+    def confirm(self) -> None:
+        """Say who holds the store, and let a takeover's file take the place of the holder's.
+
+        Not before the database is taken: a takeover that fails must leave its owner's lock where others
+        look for it.
+        """
         assert self._descriptor is not None
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, msgspec.json.encode(this_process()), 0)
+        if self._beside is not None:
+            os.replace(self._beside, self._path)
+            self._beside = None
 
     def release(self) -> None:
         """Let go. Releasing twice is fine; the file stays, unlocked."""
+        beside, self._beside = self._beside, None
+        if beside is not None:
+            beside.unlink(missing_ok=True)
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -72,17 +90,11 @@ class OwnerLock:
             except BlockingIOError:
                 os.close(descriptor)
                 return False
-            # Somebody may have put a new file in place between our open and our lock.
+            # Somebody may have put another file in place between our open and our lock.
             if _is_at(descriptor, path):
                 self._descriptor = descriptor
                 return True
             os.close(descriptor)
-
-    def _replace(self) -> None:
-        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        if not self._try(fresh):
-            raise StoreInUse(self._name, self._holder())
-        os.replace(fresh, self._path)
 
     def _holder(self) -> str:
         try:

@@ -154,6 +154,7 @@ class SqliteStore:
             connection = self._connect_writer()
             try:
                 self._take_ownership(connection)
+                self._lock.confirm()
             except BaseException:
                 connection.close()
                 raise
