@@ -34,7 +34,7 @@ from flowstead.results import CancelReport, TaskCancelReport, error_for
 from flowstead.store import codec
 from flowstead.store.port import FlowQuery, Scope
 
-_REMEMBERED_TASKS: Final = 65_536
+_REMEMBERED_TASKS: Final = 16_384
 _SHORTEST_PREFIX: Final = 4
 
 
