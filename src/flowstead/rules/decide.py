@@ -166,8 +166,8 @@ def _request_cancel(view: View, command: c.RequestCancel) -> Answer:
     if isinstance(flow, Refusal):
         return flow
     after, fact = _stamp_intent(flow, view.now)
-    queued = [t for t in view.children.active.values() if t.status is TaskStatus.QUEUED]
-    ended = [_end_cancelled(task, view.now, "cancellation was requested") for task in queued]
+    unstarted = [task for task in view.children.active.values() if not _has_begun(view, task)]
+    ended = [_end_cancelled(task, view.now, "cancellation was requested") for task in unstarted]
     return Decision(
         flow=after,
         tasks=tuple(task for task, _ in ended),
@@ -467,6 +467,11 @@ def _linked(view: View, task_id: str) -> StoredTask | Answer:
             Code.NOT_LINKED, "Task is run by this runtime; its outcome comes from its own code."
         )
     return task
+
+
+def _has_begun(view: View, task: StoredTask) -> bool:
+    """Whether the child's work is under way, here or elsewhere. One started in this very turn is not."""
+    return task.status is TaskStatus.RUNNING and (task.launch is None or view.has_code(task))
 
 
 def _one(change: endings.Change) -> Decision:
