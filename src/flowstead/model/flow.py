@@ -8,13 +8,17 @@ afresh each time, so no caller can reach the runtime's memory through a record.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 Json: TypeAlias = Any
 """Any value JSON can hold: str, int, finite float, bool, None, and lists and string-keyed dicts of these."""
+
+
+Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""A count or an instant in epoch milliseconds: what a database column can hold."""
 
 
 class SyncMode(StrEnum):
@@ -74,22 +78,22 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     requester_origin: Json = None
     controller_id: str | None = None
     correlation_id: str | None = None
-    revision: int
+    revision: Whole
     status: FlowStatus
     notify_policy: NotifyPolicy
     goal: str
     current_step: str | None = None
     state_json: Json = None
-    state_version: int
+    state_version: Whole
     wait_json: Json = None
     blocked_task_id: str | None = None
     blocked_summary: str | None = None
-    cancel_requested_at: int | None = None
+    cancel_requested_at: Whole | None = None
     parent_task_id: str | None = None
     failure: Failure | None = None
-    created_at: int
-    updated_at: int
-    ended_at: int | None = None
+    created_at: Whole
+    updated_at: Whole
+    ended_at: Whole | None = None
 
 
 class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
@@ -98,7 +102,7 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
     `key` is the store's number for the flow; ids are unique only per owner.
     """
 
-    key: int
+    key: Whole
     requester_origin: Raw | UnsetType = UNSET
     state_json: Raw | UnsetType = UNSET
     wait_json: Raw | UnsetType = UNSET

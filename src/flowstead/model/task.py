@@ -8,7 +8,7 @@ from typing import Final, TypeAlias, assert_never
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from flowstead.model.flow import Failure, Json, NotifyPolicy
+from flowstead.model.flow import Failure, Json, NotifyPolicy, Whole
 from flowstead.model.retry import Retry
 
 
@@ -68,9 +68,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     label: str | None = None
     input_json: Json = None
     status: TaskStatus
-    attempt: int = 0
-    max_attempts: int = 1
-    next_attempt_at: int | None = None
+    attempt: Whole = 0
+    max_attempts: Whole = 1
+    next_attempt_at: Whole | None = None
     timeout: float | None = None
     result_json: Json = None
     failure: Failure | None = None
@@ -79,11 +79,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     terminal_outcome: TerminalOutcome | None = None
     delivery_status: DeliveryStatus
     notify_policy: NotifyPolicy
-    created_at: int
-    started_at: int | None = None
-    last_event_at: int | None = None
-    ended_at: int | None = None
-    cleanup_after: int | None = None
+    created_at: Whole
+    started_at: Whole | None = None
+    last_event_at: Whole | None = None
+    ended_at: Whole | None = None
+    cleanup_after: Whole | None = None
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
@@ -103,12 +103,12 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_def
 class StoredTask(Task, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """A child as the runtime keeps it. `interruptions` counts attempts cut off by a crash."""
 
-    key: int
-    flow_key: int
+    key: Whole
+    flow_key: Whole
     input_json: Raw | UnsetType = UNSET
     result_json: Raw | UnsetType = UNSET
     launch: Launch | None = None
-    interruptions: int = 0
+    interruptions: Whole = 0
 
 
 def is_active(task: Task) -> bool:

@@ -6,9 +6,10 @@ the runtime that opened it, so a restart can be played with one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from typing import Any, Final, TypeVar
 
-from flowstead.errors import SnapshotUnreadable, StoreInUse, WriteConflict
+from flowstead.errors import CommitFailed, SnapshotUnreadable, StoreInUse, WriteConflict
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow, FlowKey
 from flowstead.model.task import Task, TaskSummary
@@ -17,7 +18,11 @@ from flowstead.store.codec import EventRow, FlowRow, FlowWrite, TaskRow
 from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
 from flowstead.store.summary import count_tasks
 
-_ACTIVE = frozenset({"queued", "running"})
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+_ACTIVE: Final = frozenset({"queued", "running"})
+_ABSENT: Final = object()
 
 
 class MemoryTables:
@@ -30,13 +35,37 @@ class MemoryTables:
         self.flow_keys: dict[FlowKey, int] = {}
         self.idempotency_keys: dict[tuple[str, str], int] = {}
         self.task_keys: dict[str, int] = {}
-        self.children: dict[int, list[int]] = {}
-        self.lines: dict[int, list[int]] = {}
-        self.run_ids: set[tuple[int, str]] = set()
+        self.run_keys: dict[tuple[int, str], int] = {}
+        self.children: dict[int, dict[int, None]] = {}
+        self.lines: dict[int, dict[int, int]] = {}
         self.epoch = 0
         self.owner: object | None = None
         self.last_position = 0
         self.key = 0
+
+
+class _Transaction:
+    """Changes to tables that can be taken back."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._before: list[tuple[dict[Any, Any], Any, Any]] = []
+
+    def put(self, table: dict[K, V], key: K, value: V) -> None:
+        self._before.append((table, key, table.get(key, _ABSENT)))
+        table[key] = value
+
+    def insert(self, table: dict[K, V], key: K, value: V) -> None:
+        if key in table:
+            raise WriteConflict(f"{self._name} refused a row: {key!r} exists.")
+        self.put(table, key, value)
+
+    def roll_back(self) -> None:
+        for table, key, value in reversed(self._before):
+            if value is _ABSENT:
+                del table[key]
+            else:
+                table[key] = value
 
 
 class MemoryStore:
@@ -59,6 +88,7 @@ class MemoryStore:
         self._epoch = tables.epoch
 
     async def aclose(self) -> None:
+        self._epoch = 0
         if self.tables.owner is self:
             self.tables.owner = None
 
@@ -69,56 +99,61 @@ class MemoryStore:
     # ---- writing ----------------------------------------------------------------------------------
 
     async def commit(self, writes: Sequence[FlowWrite]) -> int:
-        # Nothing awaits from the first check to the last row, so a batch is one step for everybody else.
+        # Nothing awaits from the first row to the last, so a batch is one step for everybody else.
         tables = self.tables
+        if self._epoch == 0:
+            raise CommitFailed(f"{self.name} is closed. Nothing was written.")
         if tables.epoch != self._epoch:
             raise StoreInUse(self.name, "another runtime, which took it over")
-        for write in writes:
-            self._check(write)
-        first = tables.last_position + 1
-        for write in writes:
-            self._write(write)
-        return first
+        transaction, before = _Transaction(self.name), tables.last_position
+        try:
+            for write in writes:
+                self._write_flow(transaction, write.flow)
+                for task in write.tasks:
+                    self._write_task(transaction, task)
+                for event in write.events:
+                    self._write_event(transaction, event)
+        except WriteConflict:
+            transaction.roll_back()
+            tables.last_position = before
+            raise
+        return before + 1
 
-    def _check(self, write: FlowWrite) -> None:
-        tables, row = self.tables, write.flow
-        if row is not None and row.expected_revision is None:
-            taken = FlowKey(row.owner_key, row.flow_id) in tables.flow_keys
-            if row.idempotency_key is not None:
-                taken |= (row.owner_key, row.idempotency_key) in tables.idempotency_keys
-            if taken:
-                raise WriteConflict(f"{self.name} refused a row: the flow exists.")
-        elif row is not None:
+    def _write_flow(self, transaction: _Transaction, row: FlowRow | None) -> None:
+        tables = self.tables
+        if row is None:
+            return
+        if row.expected_revision is not None:
             stored = tables.flows.get(row.key)
             if stored is None or stored.revision != row.expected_revision:
                 raise WriteConflict("A stored flow is not at the revision it was read at.")
-        for task in write.tasks:
-            if task.fresh and (
-                task.task_id in tables.task_keys
-                or (task.run_id is not None and (task.flow_key, task.run_id) in tables.run_ids)
-            ):
-                raise WriteConflict(f"{self.name} refused a row: the task exists.")
-            if not task.fresh and task.key not in tables.tasks:
-                raise WriteConflict("A stored task is gone.")
+            transaction.put(tables.flows, row.key, row)
+            return
+        transaction.insert(tables.flows, row.key, row)
+        transaction.insert(tables.flow_keys, FlowKey(row.owner_key, row.flow_id), row.key)
+        if row.idempotency_key is not None:
+            named = (row.owner_key, row.idempotency_key)
+            transaction.insert(tables.idempotency_keys, named, row.key)
 
-    def _write(self, write: FlowWrite) -> None:
-        tables, row = self.tables, write.flow
-        if row is not None:
-            tables.flows[row.key] = row
-            tables.flow_keys[FlowKey(row.owner_key, row.flow_id)] = row.key
-            if row.idempotency_key is not None:
-                tables.idempotency_keys[row.owner_key, row.idempotency_key] = row.key
-        for task in write.tasks:
-            tables.tasks[task.key] = task
-            if task.fresh:
-                tables.task_keys[task.task_id] = task.key
-                tables.children.setdefault(task.flow_key, []).append(task.key)
-                if task.run_id is not None:
-                    tables.run_ids.add((task.flow_key, task.run_id))
-        for event in write.events:
-            tables.last_position += 1
-            tables.events[tables.last_position] = event
-            tables.lines.setdefault(event.flow_key, []).append(tables.last_position)
+    def _write_task(self, transaction: _Transaction, row: TaskRow) -> None:
+        tables = self.tables
+        if not row.fresh:
+            if row.key not in tables.tasks:
+                raise WriteConflict("A stored task is gone.")
+            transaction.put(tables.tasks, row.key, row)
+            return
+        transaction.insert(tables.tasks, row.key, row)
+        transaction.insert(tables.task_keys, row.task_id, row.key)
+        transaction.insert(tables.children.setdefault(row.flow_key, {}), row.key, None)
+        if row.run_id is not None:
+            transaction.insert(tables.run_keys, (row.flow_key, row.run_id), row.key)
+
+    def _write_event(self, transaction: _Transaction, row: EventRow) -> None:
+        tables = self.tables
+        position = tables.last_position + 1
+        transaction.insert(tables.lines.setdefault(row.flow_key, {}), row.seq, position)
+        transaction.insert(tables.events, position, row)
+        tables.last_position = position
 
     async def upkeep(self, *, idle: bool) -> None:
         return None
@@ -140,8 +175,7 @@ class MemoryStore:
         if flow_key is None:
             return None
         doc = tables.flows[flow_key].doc.encode()
-        children = [tables.tasks[k] for k in tables.children.get(flow_key, ())]
-        lines = tables.lines.get(flow_key)
+        children = self._children(flow_key)
         return Snapshot(
             flow=codec.read_stored_flow(doc),
             doc=doc,
@@ -151,8 +185,11 @@ class MemoryStore:
                 if row.status in _ACTIVE
             ],
             run_ids=[(row.run_id, row.task_id) for row in children if row.run_id is not None],
-            last_seq=tables.events[lines[-1]].seq if lines else 0,
+            last_seq=max(tables.lines.get(flow_key, ()), default=0),
         )
+
+    def _children(self, flow_key: int) -> list[TaskRow]:
+        return [self.tables.tasks[key] for key in sorted(self.tables.children.get(flow_key, ()))]
 
     async def find_flow(self, scope: Scope, flow_id: str) -> Flow | None:
         row = self._row(scope, flow_id)
@@ -213,7 +250,7 @@ class MemoryStore:
         if flow is None:
             return []
         wanted = None if task_ids is None else frozenset(task_ids)
-        rows = [self.tables.tasks[key] for key in self.tables.children.get(flow.key, ())]
+        rows = self._children(flow.key)
         return [
             codec.read_task(row.doc.encode())
             for row in rows
@@ -225,7 +262,7 @@ class MemoryStore:
         flow = self._row(scope, flow_id)
         if flow is None:
             return None
-        rows = [self.tables.tasks[key] for key in self.tables.children.get(flow.key, ())]
+        rows = self._children(flow.key)
         return count_tasks([(row.status, row.runtime, 1) for row in rows])
 
     async def history(
@@ -234,25 +271,33 @@ class MemoryStore:
         flow = self._row(scope, flow_id)
         if flow is None:
             return []
-        positions = self.tables.lines.get(flow.key, [])[after_seq : after_seq + limit]
-        return [self._event(position) for position in positions]
+        lines = sorted(self.tables.lines.get(flow.key, {}).items())
+        return self._events((at for seq, at in lines if seq > after_seq), limit)
 
     async def last_seq(self, scope: Scope, flow_id: str) -> int:
         flow = self._row(scope, flow_id)
-        return 0 if flow is None else len(self.tables.lines.get(flow.key, ()))
+        return 0 if flow is None else max(self.tables.lines.get(flow.key, ()), default=0)
 
     async def events_after(self, scope: Scope, position: int, limit: int) -> list[Event]:
-        found = []
-        for at in range(position + 1, self.tables.last_position + 1):
-            owner = self.tables.flows[self.tables.events[at].flow_key].owner_key
-            if scope.owner_key in (None, owner):
-                found.append(self._event(at))
-                if len(found) == limit:
-                    break
-        return found
+        tables = self.tables
+        positions = (
+            at
+            for at in range(position + 1, tables.last_position + 1)
+            if scope.owner_key in (None, tables.flows[tables.events[at].flow_key].owner_key)
+        )
+        return self._events(positions, limit)
 
-    def _event(self, position: int) -> Event:
-        return codec.read_event(self.tables.events[position].doc.encode(), position)
+    def _events(self, positions: Iterable[int], limit: int) -> list[Event]:
+        """The first readable events at these positions, as many as asked for."""
+        found: list[Event] = []
+        for position in positions:
+            if len(found) == limit:
+                break
+            try:
+                found.append(codec.read_event(self.tables.events[position].doc.encode(), position))
+            except SnapshotUnreadable:
+                continue
+        return found
 
     async def last_position(self) -> int:
         return self.tables.last_position

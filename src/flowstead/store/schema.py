@@ -74,32 +74,34 @@ CREATE UNIQUE INDEX events_by_flow ON events (flow_key, seq);
 
 CREATE VIEW v_flows AS SELECT
     flow_id, owner_key, status, revision, controller_id, correlation_id,
-    json_extract(doc, '$.goal') AS goal,
-    json_extract(doc, '$.currentStep') AS current_step,
-    json_extract(doc, '$.stateJson') AS state_json,
-    json_extract(doc, '$.waitJson') AS wait_json,
-    json_extract(doc, '$.blockedSummary') AS blocked_summary,
-    datetime(json_extract(doc, '$.createdAt') / 1000.0, 'unixepoch') AS created,
-    datetime(json_extract(doc, '$.updatedAt') / 1000.0, 'unixepoch') AS updated,
+    json_extract(record, '$.goal') AS goal,
+    json_extract(record, '$.currentStep') AS current_step,
+    json_extract(record, '$.stateJson') AS state_json,
+    json_extract(record, '$.waitJson') AS wait_json,
+    json_extract(record, '$.blockedSummary') AS blocked_summary,
+    datetime(json_extract(record, '$.createdAt') / 1000.0, 'unixepoch') AS created,
+    datetime(json_extract(record, '$.updatedAt') / 1000.0, 'unixepoch') AS updated,
     datetime(ended_at / 1000.0, 'unixepoch') AS ended
-FROM flows;
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM flows);
 
 CREATE VIEW v_tasks AS SELECT
     f.flow_id, f.owner_key, t.task_id, t.run_id, t.runtime, t.status,
-    json_extract(t.doc, '$.task') AS task,
-    json_extract(t.doc, '$.attempt') AS attempt,
-    json_extract(t.doc, '$.resultJson') AS result_json,
-    json_extract(t.doc, '$.failure.message') AS failure
-FROM tasks AS t JOIN flows AS f ON f.key = t.flow_key;
+    json_extract(t.record, '$.task') AS task,
+    json_extract(t.record, '$.attempt') AS attempt,
+    json_extract(t.record, '$.resultJson') AS result_json,
+    json_extract(t.record, '$.failure.message') AS failure
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM tasks) AS t
+JOIN flows AS f ON f.key = t.flow_key;
 
 CREATE VIEW v_history AS SELECT
     f.flow_id, f.owner_key, e.seq, e.position,
-    json_extract(e.doc, '$.revision') AS revision,
-    datetime(json_extract(e.doc, '$.at') / 1000.0, 'unixepoch') AS at,
-    json_extract(e.doc, '$.type') AS type,
-    json_extract(e.doc, '$.actor') AS actor,
-    json_extract(e.doc, '$.changed') AS changed
-FROM events AS e JOIN flows AS f ON f.key = e.flow_key;
+    json_extract(e.record, '$.revision') AS revision,
+    datetime(json_extract(e.record, '$.at') / 1000.0, 'unixepoch') AS at,
+    json_extract(e.record, '$.type') AS type,
+    json_extract(e.record, '$.actor') AS actor,
+    json_extract(e.record, '$.changed') AS changed
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM events) AS e
+JOIN flows AS f ON f.key = e.flow_key;
 """
 
 

@@ -14,6 +14,7 @@ the failed commit left in the WAL are overwritten. Only then is the caller told 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import aiosqlite
+import anyio
 import msgspec
 
 from flowstead.errors import (
@@ -37,15 +39,22 @@ from flowstead.model.flow import Flow, FlowKey
 from flowstead.model.task import Task, TaskSummary
 from flowstead.store import schema, sqlite_reads
 from flowstead.store.codec import FlowWrite
-from flowstead.store.lock import OwnerLock, this_process
+from flowstead.store.lock import Holder, OwnerLock, this_process
 from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
-from flowstead.store.sqlite_writes import CommitUnclear, Overtaken, write_batch
+from flowstead.store.sqlite_writes import (
+    CommitUnclear,
+    ConnectionSpoiled,
+    Overtaken,
+    roll_back,
+    write_batch,
+)
 
 T = TypeVar("T")
 Durability: TypeAlias = Literal["full", "normal"]
 Connect: TypeAlias = Callable[..., sqlite3.Connection]
 
 _BUSY_TIMEOUT_SECONDS: Final = 5.0
+_HEADER_BYTES: Final = 100
 _WAL_KEPT: Final = 4 * 1024 * 1024
 _WAL_IDLE: Final = 16 * 1024 * 1024
 _WAL_BUSY: Final = 64 * 1024 * 1024
@@ -61,9 +70,24 @@ class WorkerConnection(aiosqlite.Connection):
 
     @classmethod
     async def connect(cls, connector: Callable[[], sqlite3.Connection]) -> WorkerConnection:
-        """A connection whose connector has run, on its own thread."""
+        """A connection whose connector has run, on its own thread.
+
+        A cancelled caller waits for the connector all the same: what it made must not be left to nobody.
+        """
         connection = cls(connector)
-        await connection
+        opening = asyncio.ensure_future(_await(connection))
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({opening})
+                if not opening.cancelled() and opening.exception() is None:
+                    await connection.close()
+            raise
+        except Exception:
+            # The connector has returned, so its thread is about to end; nothing of it should outlast us.
+            connection._thread.join()
+            raise
         return connection
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
@@ -75,12 +99,8 @@ class WorkerConnection(aiosqlite.Connection):
         return result
 
 
-class _Ownership(msgspec.Struct):
-    """What the writer knows of the ownership row."""
-
-    epoch: int
-    commits: int
-    last_position: int
+async def _await(connection: aiosqlite.Connection) -> None:
+    await connection
 
 
 class SqliteStore:
@@ -109,7 +129,8 @@ class SqliteStore:
         self._lock = OwnerLock(self._path)
         self._writer: WorkerConnection | None = None
         self._reader: WorkerConnection | None = None
-        self._ownership = _Ownership(0, 0, 0)
+        self._is_open = False
+        self._epoch = 0
         self._key = 0
         self._checkpointed = True
         self._lost: StoreInUse | None = None
@@ -121,21 +142,22 @@ class SqliteStore:
     # ---- ownership --------------------------------------------------------------------------------
 
     async def open(self, *, takeover: bool = False) -> None:
-        if self._writer is not None:
+        if self._is_open:
             raise StoreInUse(self.name, "this very runtime")
+        self._is_open, self._lost = True, None
         try:
             self._writer = await WorkerConnection.connect(partial(self._open_writer, takeover))
             self._reader = await WorkerConnection.connect(self._open_reader)
         except BaseException:
             await self.aclose()
-            self._lock.release()
             raise
 
     async def aclose(self) -> None:
+        self._is_open = False
         reader, self._reader = self._reader, None
         writer, self._writer = self._writer, None
         try:
-            # The reader first: the last connection to go folds the WAL back into the file.
+            # The reader first: the last connection to go folds the log back into the file.
             for connection in (reader, writer):
                 if connection is not None:
                     await connection.close()
@@ -143,34 +165,29 @@ class SqliteStore:
             self._lock.release()
 
     def _open_writer(self, takeover: bool) -> sqlite3.Connection:
-        if not self._path.parent.is_dir():
-            raise StoreUnusable(self.name, f"its directory {self._path.parent} does not exist.")
         try:
+            if not self._path.parent.is_dir():
+                raise StoreUnusable(self.name, f"its directory {self._path.parent} does not exist.")
             self._lock.acquire(takeover=takeover)
-        except OSError as error:
-            raise StoreUnusable(self.name, f"{error.strerror or error}.") from error
-        try:
-            self._make_file()
+            self._look_or_make()
             connection = self._connect_writer()
             try:
+                schema.prepare(connection, self.name)
                 self._take_ownership(connection)
                 self._lock.confirm()
             except BaseException:
                 connection.close()
                 raise
-        except sqlite3.Error as error:
+        except BaseException as error:
             self._lock.release()
             raise _unusable(self.name, error) from error
-        except OSError as error:
-            self._lock.release()
-            raise StoreUnusable(self.name, f"{error.strerror or error}.") from error
-        except BaseException:
-            self._lock.release()
-            raise
         return connection
 
-    def _make_file(self) -> None:
-        """Make the file private from its first moment, and never start empty over what was left behind."""
+    def _look_or_make(self) -> None:
+        """Look before anything is touched: a file that is refused stays as it is, log and all.
+
+        A new file is private from its first moment, and nothing ever starts empty over what was left behind.
+        """
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
@@ -183,19 +200,31 @@ class SqliteStore:
             )
         if size is None:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        elif 0 < size < _HEADER_BYTES:
+            raise StoreUnusable(self.name, "it is damaged (too short). It was left as it is.")
+        elif size:
+            # Without a log there is nothing to recover, and nothing need be made to look.
+            onlooker = self._connect_to("ro" if self._wal.exists() else "ro&immutable=1")
+            try:
+                schema.check(onlooker, self.name)
+            finally:
+                onlooker.close()
 
-    def _connect_writer(self) -> sqlite3.Connection:
+    def _connect_to(self, mode: str) -> sqlite3.Connection:
+        """A connection to a file that is there; SQLite must never make one by itself."""
         connection = self._connect(
-            self._path,
+            f"{self._path.as_uri()}?mode={mode}",
+            uri=True,
             timeout=_BUSY_TIMEOUT_SECONDS,
             isolation_level=None,
             check_same_thread=False,
         )
+        connection.text_factory = bytes
+        return connection
+
+    def _connect_writer(self) -> sqlite3.Connection:
+        connection = self._connect_to("rw")
         try:
-            connection.text_factory = bytes
-            schema_version = connection.execute("PRAGMA schema_version").fetchone()[0]
-            if schema_version:
-                schema.check(connection, self.name)
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != b"wal":
                 raise StoreUnusable(
@@ -206,7 +235,6 @@ class SqliteStore:
             connection.execute("PRAGMA journal_size_limit = " + str(_WAL_KEPT))
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
-            schema.prepare(connection, self.name)
         except BaseException:
             connection.close()
             raise
@@ -215,38 +243,37 @@ class SqliteStore:
     def _take_ownership(self, connection: sqlite3.Connection) -> None:
         """Raise the epoch: from here on every earlier owner is refused by its own transactions."""
         holder = msgspec.json.encode(this_process()).decode()
-        connection.execute("BEGIN IMMEDIATE")
         try:
-            connection.execute("UPDATE ownership SET epoch = epoch + 1, holder = ?", (holder,))
-            row = connection.execute(
-                "SELECT epoch, commits, max(last_position, (SELECT ifnull(max(position), 0)"
-                " FROM events)) FROM ownership WHERE id = 1"
-            ).fetchone()
-            if row is None:
+            connection.execute("BEGIN IMMEDIATE")
+            taken = connection.execute(
+                "UPDATE ownership SET epoch = epoch + 1, holder = ?, last_position ="
+                " max(last_position, (SELECT ifnull(max(position), 0) FROM events)) WHERE id = 1",
+                (holder,),
+            )
+            if taken.rowcount != 1:
                 raise StoreUnusable(self.name, "its ownership row is missing.")
+            [(self._epoch,)] = connection.execute("SELECT epoch FROM ownership").fetchall()
             (self._key,) = connection.execute(
                 "SELECT max((SELECT ifnull(max(key), 0) FROM flows),"
                 " (SELECT ifnull(max(key), 0) FROM tasks))"
             ).fetchone()
             connection.execute("COMMIT")
         except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            roll_back(connection)
             raise
-        self._ownership = _Ownership(*row)
 
     def _open_reader(self) -> sqlite3.Connection:
-        connection = self._connect(
-            self._path.as_uri() + "?mode=ro",
-            uri=True,
-            timeout=_BUSY_TIMEOUT_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        connection.text_factory = bytes
-        connection.execute("PRAGMA query_only = ON")
-        connection.execute("PRAGMA wal_autocheckpoint = 0")
-        connection.execute("PRAGMA trusted_schema = OFF")
+        try:
+            connection = self._connect_to("ro")
+            try:
+                connection.execute("PRAGMA query_only = ON")
+                connection.execute("PRAGMA wal_autocheckpoint = 0")
+                connection.execute("PRAGMA trusted_schema = OFF")
+            except BaseException:
+                connection.close()
+                raise
+        except sqlite3.Error as error:
+            raise _unusable(self.name, error) from error
         return connection
 
     # ---- writing ----------------------------------------------------------------------------------
@@ -258,86 +285,77 @@ class SqliteStore:
     async def commit(self, writes: Sequence[FlowWrite]) -> int:
         if self._lost is not None:
             raise self._lost
-        writer = await self._open_again() if self._writer is None else self._writer
-        mine = self._ownership
-        number, first = mine.commits + 1, mine.last_position + 1
+        if not self._is_open:
+            raise CommitFailed(f"{self.name} is closed. Nothing was written.")
+        self._checkpointed = False
         try:
-            last = await writer.run(write_batch, mine.epoch, number, first, writes)
+            writer = self._writer or await self._open_again()
+            return await writer.run(write_batch, self._epoch, writes)
         except Overtaken:
             raise await self._step_down() from None
         except CommitUnclear as unclear:
-            last = await self._settle(writer, number, first, writes, unclear)
+            return await self._settle(unclear)
         except sqlite3.IntegrityError as error:
             raise WriteConflict(f"{self.name} refused a row: {error}.") from error
-        except sqlite3.Error as error:
+        except ConnectionSpoiled as error:
+            await self._drop_writer()
             raise CommitFailed(f"{self.name} was not written: {error}.") from error
-        mine.commits, mine.last_position = number, max(last, mine.last_position)
-        self._checkpointed = False
-        return first
+        except (sqlite3.Error, OverflowError, OSError, StoreUnusable) as error:
+            raise CommitFailed(f"{self.name} was not written: {error}.") from error
 
     async def _step_down(self) -> StoreInUse:
         """Another runtime raised the epoch. From now on nothing is written through this store."""
-        holder = "another runtime, which took it over"
-        if self._reader is not None:
+        taker = "another runtime, which took it over"
+        try:
+            assert self._reader is not None
             row = await self._reader.run(_read_holder)
-            try:
-                holder = f"{msgspec.json.decode(row, type=dict)['pid']}"
-                holder = f"process {holder}, which took it over"
-            except (msgspec.MsgspecError, KeyError, TypeError):
-                pass
-        self._lost = StoreInUse(self.name, holder)
+            taker = f"process {msgspec.json.decode(row, type=Holder).pid}, which took it over"
+        except (sqlite3.Error, msgspec.MsgspecError):
+            pass
+        self._lost = StoreInUse(self.name, taker)
         return self._lost
 
-    async def _settle(
-        self,
-        writer: WorkerConnection,
-        number: int,
-        first: int,
-        writes: Sequence[FlowWrite],
-        unclear: CommitUnclear,
-    ) -> int:
+    async def _settle(self, unclear: CommitUnclear) -> int:
         """Find out whether a commit that failed on the disk is there, and make the answer last."""
-        self._writer = None
+        await self._drop_writer()
         try:
-            await writer.close()
-        except sqlite3.Error:
-            pass
-        try:
-            await self._open_again()
+            writer = await self._open_again()
+            commits = await writer.run(_nail, self._epoch)
+        except Overtaken:
+            raise await self._step_down() from unclear
         except (sqlite3.Error, OSError, StoreUnusable) as error:
+            await self._drop_writer()
             raise OutcomeUnknown(
                 f"{self.name} failed during a commit ({unclear.__cause__}) and could not be read back"
                 f" ({error}). Read the flow again before retrying."
             ) from unclear
-        if self._ownership.commits < number:
+        if commits < unclear.number:
             raise CommitFailed(f"{self.name} was not written: {unclear.__cause__}.") from unclear
-        return first - 1 + sum(len(write.events) for write in writes)
+        return unclear.first_position
 
     async def _open_again(self) -> WorkerConnection:
-        """A new writer after the disk failed, once one small transaction has gone through."""
-        writer = await WorkerConnection.connect(self._connect_writer)
+        """A new writer after the disk failed."""
+        self._writer = await WorkerConnection.connect(self._connect_writer)
+        return self._writer
+
+    async def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
         try:
-            commits, last_position = await writer.run(_nail, self._ownership.epoch)
-        except Overtaken:
-            await writer.close()
-            raise await self._step_down() from None
-        except BaseException:
-            await writer.close()
-            raise
-        self._ownership.commits, self._ownership.last_position = commits, last_position
-        self._writer = writer
-        return writer
+            if writer is not None:
+                await writer.close()
+        except sqlite3.Error:
+            pass
 
     async def upkeep(self, *, idle: bool) -> None:
         if self._checkpointed or self._writer is None or self._lost is not None:
             return
         try:
-            size = os.stat(self._wal).st_size
-        except FileNotFoundError:
+            if self._wal.stat().st_size > (_WAL_IDLE if idle else _WAL_BUSY):
+                await self._writer.run(_checkpoint)
+                self._checkpointed = True
+        except (OSError, sqlite3.Error):
+            # The log keeps everything; it can be folded back another time.
             return
-        if size > (_WAL_IDLE if idle else _WAL_BUSY):
-            await self._writer.run(_checkpoint)
-            self._checkpointed = True
 
     # ---- reading ----------------------------------------------------------------------------------
 
@@ -417,31 +435,36 @@ def _read_holder(connection: sqlite3.Connection) -> bytes:
     return holder
 
 
-def _nail(connection: sqlite3.Connection, epoch: int) -> tuple[int, int]:
-    """Commit a row that changes nothing, so that what the file says now is what it will say after a crash."""
-    connection.execute("BEGIN IMMEDIATE")
+def _nail(connection: sqlite3.Connection, epoch: int) -> int:
+    """Commit a row that changes nothing, so that what the file says now is what it will say after a crash.
+
+    Answers how many batches the file has seen.
+    """
     try:
+        connection.execute("BEGIN IMMEDIATE")
         nailed = connection.execute(
             "UPDATE ownership SET holder = holder WHERE id = 1 AND epoch = ?", (epoch,)
         )
         if nailed.rowcount != 1:
             raise Overtaken
-        commits, last = connection.execute(
-            "SELECT commits, last_position FROM ownership"
-        ).fetchone()
+        [(commits,)] = connection.execute("SELECT commits FROM ownership").fetchall()
         connection.execute("COMMIT")
     except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+        roll_back(connection)
         raise
-    return commits, last
+    return int(commits)
 
 
 def _checkpoint(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
-def _unusable(name: str, error: sqlite3.Error) -> StoreUnusable | StoreInUse:
+def _unusable(name: str, error: BaseException) -> BaseException:
+    """What went wrong in opening, as one of our own errors where it was the file's fault."""
+    if isinstance(error, OSError):
+        return StoreUnusable(name, f"{error.strerror or error}.")
+    if not isinstance(error, sqlite3.Error):
+        return error
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreInUse(name, "a process that is in the middle of a transaction")

@@ -7,8 +7,8 @@ condition of the statement itself, never a filter afterwards.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final, TypeVar
 
 from flowstead.errors import SnapshotUnreadable
 from flowstead.model.event import Event
@@ -16,9 +16,13 @@ from flowstead.model.flow import Flow, FlowKey
 from flowstead.model.task import Task, TaskSummary
 from flowstead.store import codec
 from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
+from flowstead.store.sqlite_writes import roll_back
 from flowstead.store.summary import count_tasks
 
+T = TypeVar("T")
+
 _PAGE: Final = 500
+_LAST_SEQ: Final = "SELECT max(seq) FROM events WHERE flow_key = ? AND typeof(seq) = 'integer'"
 
 
 def load(
@@ -26,15 +30,16 @@ def load(
 ) -> list[Snapshot | Exception | None]:
     """Snapshots of several flows in one read transaction."""
     found: list[Snapshot | Exception | None] = []
-    connection.execute("BEGIN")
     try:
+        connection.execute("BEGIN")
         for key in keys:
             try:
                 found.append(_load_one(connection, key))
             except SnapshotUnreadable as error:
                 found.append(error)
-    finally:
         connection.execute("COMMIT")
+    finally:
+        roll_back(connection)
     return found
 
 
@@ -54,9 +59,7 @@ def _load_one(connection: sqlite3.Connection, key: FlowKey) -> Snapshot | None:
     run_ids = connection.execute(
         "SELECT run_id, task_id FROM tasks WHERE flow_key = ? AND run_id IS NOT NULL", (flow_key,)
     ).fetchall()
-    (last_seq,) = connection.execute(
-        "SELECT max(seq) FROM events WHERE flow_key = ?", (flow_key,)
-    ).fetchone()
+    (last_seq,) = connection.execute(_LAST_SEQ, (flow_key,)).fetchone()
     return Snapshot(
         flow=flow,
         doc=doc,
@@ -109,8 +112,11 @@ def list_flows(
         conditions.append("f.correlation_id = ?")
         values.append(query.correlation_id)
     if query.id_prefix is not None:
-        conditions.append("f.flow_id >= ? AND f.flow_id < ?")
-        values.extend((query.id_prefix, query.id_prefix + "\U0010ffff"))
+        conditions.append("f.flow_id >= ?")
+        values.append(query.id_prefix)
+        if (beyond := _after_prefix(query.id_prefix)) is not None:
+            conditions.append("f.flow_id < ?")
+            values.append(beyond)
     if query.live:
         conditions.append("f.ended_at IS NULL")
     if query.before_key is not None:
@@ -118,15 +124,33 @@ def list_flows(
         values.append(query.before_key)
     where, values = _scoped(scope, conditions, values)
     rows = connection.execute(
-        "SELECT f.doc FROM flows AS f" + where + " ORDER BY f.key DESC LIMIT ?", (*values, limit)
+        "SELECT f.doc FROM flows AS f" + where + " ORDER BY f.key DESC", values
     )
-    flows = []
-    for (doc,) in rows.fetchall():
-        try:
-            flows.append(codec.read_flow(_text(doc)))
-        except SnapshotUnreadable:
-            continue
-    return flows
+    return _readable(rows, lambda doc: codec.read_flow(_text(doc)), limit)
+
+
+def _readable(rows: sqlite3.Cursor, read: Callable[..., T], limit: int) -> list[T]:
+    """The first readable records of a query, as many as asked for; the others take no place in a page."""
+    found: list[T] = []
+    try:
+        while len(found) < limit and (row := rows.fetchone()) is not None:
+            try:
+                found.append(read(*row))
+            except SnapshotUnreadable:
+                continue
+    finally:
+        # An open cursor is a read transaction, and would keep the log from being folded back.
+        rows.close()
+    return found
+
+
+def _after_prefix(prefix: str) -> str | None:
+    """The first text after all that begin with the prefix; None if there is none."""
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return None
+    following = ord(stem[-1]) + 1
+    return stem[:-1] + chr(0xE000 if following == 0xD800 else following)
 
 
 def find_task(
@@ -156,7 +180,7 @@ def list_tasks(
     flow_key = key_of(connection, scope, flow_id)
     if flow_key is None:
         return []
-    wanted = [None] if task_ids is None else _pages(list(task_ids))
+    wanted = [None] if task_ids is None else _pages(list(dict.fromkeys(task_ids)))
     found = [row for page in wanted for row in _tasks(connection, flow_key, statuses, page)]
     found.sort(key=lambda row: row[0])
     return [codec.read_task(_text(doc)) for _, doc in found]
@@ -199,17 +223,19 @@ def history(
 ) -> list[Event]:
     """A flow's events in order."""
     rows = connection.execute(
-        "SELECT doc, position FROM events WHERE flow_key = ? AND seq > ? ORDER BY seq LIMIT ?",
-        (key_of(connection, scope, flow_id), after_seq, limit),
-    ).fetchall()
-    return [codec.read_event(_text(doc), position) for doc, position in rows]
+        "SELECT doc, position FROM events WHERE flow_key = ? AND seq > ? ORDER BY seq",
+        (key_of(connection, scope, flow_id), after_seq),
+    )
+    return _readable(rows, _event, limit)
+
+
+def _event(doc: object, position: int) -> Event:
+    return codec.read_event(_text(doc), position)
 
 
 def last_seq(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int:
     """The number of a flow's newest event."""
-    row = connection.execute(
-        "SELECT max(seq) FROM events WHERE flow_key = ?", (key_of(connection, scope, flow_id),)
-    ).fetchone()
+    row = connection.execute(_LAST_SEQ, (key_of(connection, scope, flow_id),)).fetchone()
     return row[0] or 0
 
 
@@ -221,10 +247,10 @@ def events_after(
     rows = connection.execute(
         "SELECT e.doc, e.position FROM events AS e JOIN flows AS f ON f.key = e.flow_key"
         + where
-        + " ORDER BY e.position LIMIT ?",
-        (*values, limit),
-    ).fetchall()
-    return [codec.read_event(_text(doc), at) for doc, at in rows]
+        + " ORDER BY e.position",
+        values,
+    )
+    return _readable(rows, _event, limit)
 
 
 def last_position(connection: sqlite3.Connection) -> int:
@@ -235,9 +261,11 @@ def last_position(connection: sqlite3.Connection) -> int:
 def list_due(connection: sqlite3.Connection, after: int, until: int) -> list[Due]:
     """Ticks in (after, until]: cancels whose grace ends, children whose retry is due."""
     rows = connection.execute(
-        "SELECT due_at, owner_key, flow_id FROM flows WHERE due_at > ?1 AND due_at <= ?2"
+        "SELECT due_at, owner_key, flow_id FROM flows"
+        " WHERE due_at > ?1 AND due_at <= ?2 AND typeof(due_at) = 'integer'"
         " UNION ALL SELECT t.due_at, f.owner_key, f.flow_id FROM tasks AS t"
-        " JOIN flows AS f ON f.key = t.flow_key WHERE t.due_at > ?1 AND t.due_at <= ?2",
+        " JOIN flows AS f ON f.key = t.flow_key"
+        " WHERE t.due_at > ?1 AND t.due_at <= ?2 AND typeof(t.due_at) = 'integer'",
         (after, until),
     ).fetchall()
     return [Due(at, FlowKey(_id(owner), _id(flow_id))) for at, owner, flow_id in rows]
@@ -246,8 +274,9 @@ def list_due(connection: sqlite3.Connection, after: int, until: int) -> list[Due
 def next_due(connection: sqlite3.Connection, after: int) -> int | None:
     """The first tick later than an instant."""
     rows = connection.execute(
-        "SELECT min(due_at) FROM flows WHERE due_at > ?1"
-        " UNION ALL SELECT min(due_at) FROM tasks WHERE due_at > ?1",
+        "SELECT min(due_at) FROM flows WHERE due_at > ?1 AND typeof(due_at) = 'integer'"
+        " UNION ALL"
+        " SELECT min(due_at) FROM tasks WHERE due_at > ?1 AND typeof(due_at) = 'integer'",
         (after,),
     ).fetchall()
     return min((at for (at,) in rows if at is not None), default=None)

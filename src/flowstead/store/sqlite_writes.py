@@ -2,8 +2,8 @@
 
 BEGIN, every row, COMMIT and the rollback are in here together, so nothing that happens on the event loop can
 leave a transaction open. The first statement updates the ownership row under this owner's epoch: no row
-touched means somebody has taken over, and the batch is not written. The same row counts commits, which is
-how a commit whose answer was lost can be looked up afterwards.
+touched means somebody has taken over, and the batch is not written. The same row counts commits and events,
+so that positions follow from the file alone, and a commit whose answer was lost can be looked up afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from collections.abc import Sequence
 from flowstead.errors import WriteConflict
 from flowstead.store.codec import FlowWrite
 
-_FENCE = "UPDATE ownership SET commits = ?, last_position = ? WHERE id = 1 AND epoch = ?"
+_FENCE = (
+    "UPDATE ownership SET commits = commits + 1, last_position = last_position + ?"
+    " WHERE id = 1 AND epoch = ?"
+)
+_COUNTS = "SELECT commits, last_position FROM ownership"
 _INSERT_FLOW = "INSERT INTO flows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UPDATE_FLOW = (
     "UPDATE flows SET status = ?, ended_at = ?, due_at = ?, revision = ?, doc = ?"
@@ -30,45 +34,48 @@ class Overtaken(Exception):
 
 
 class CommitUnclear(Exception):
-    """COMMIT itself failed on the disk: the batch may be there or not."""
+    """COMMIT itself failed on the disk: the batch with this number may be there or not."""
+
+    def __init__(self, number: int, first_position: int) -> None:
+        super().__init__(number, first_position)
+        self.number = number
+        self.first_position = first_position
 
 
-def write_batch(
-    connection: sqlite3.Connection,
-    epoch: int,
-    commit_number: int,
-    first_position: int,
-    writes: Sequence[FlowWrite],
-) -> int:
-    """Write the batch under the epoch and answer the last position used.
+class ConnectionSpoiled(Exception):
+    """The batch was not written, and the connection could not even roll back: it must be replaced."""
+
+
+def write_batch(connection: sqlite3.Connection, epoch: int, writes: Sequence[FlowWrite]) -> int:
+    """Write the batch under the epoch and answer the position of its first event.
 
     Raises:
-        Overtaken, WriteConflict: Nothing was written.
-        CommitUnclear: Unknown; look for `commit_number`.
+        Overtaken, WriteConflict, ConnectionSpoiled: Nothing was written.
+        CommitUnclear: Unknown; look for its number.
         sqlite3.Error: Nothing was written.
     """
     events = [row for write in writes for row in write.events]
-    last_position = first_position + len(events) - 1
-    connection.execute("BEGIN IMMEDIATE")
     try:
-        fenced = connection.execute(_FENCE, (commit_number, last_position, epoch))
-        if fenced.rowcount != 1:
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute(_FENCE, (len(events), epoch)).rowcount != 1:
             raise Overtaken
+        # Read to the end, because an open statement would keep the transaction from committing.
+        [(number, last)] = connection.execute(_COUNTS).fetchall()
+        first = last - len(events) + 1
         _write_flows(connection, writes)
         _write_tasks(connection, writes)
-        connection.executemany(
-            _INSERT_EVENT,
-            [(first_position + index, *event) for index, event in enumerate(events)],
-        )
-    except BaseException:
-        _roll_back(connection)
+        numbered = [(first + index, *event) for index, event in enumerate(events)]
+        connection.executemany(_INSERT_EVENT, numbered)
+    except BaseException as error:
+        if not roll_back(connection):
+            raise ConnectionSpoiled(str(error)) from error
         raise
     try:
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        _roll_back(connection)
-        raise CommitUnclear from error
-    return last_position
+        roll_back(connection)
+        raise CommitUnclear(number, first) from error
+    return int(first)
 
 
 def _write_flows(connection: sqlite3.Connection, writes: Sequence[FlowWrite]) -> None:
@@ -99,10 +106,11 @@ def _write_tasks(connection: sqlite3.Connection, writes: Sequence[FlowWrite]) ->
             raise WriteConflict("A stored task is gone.")
 
 
-def _roll_back(connection: sqlite3.Connection) -> None:
-    """Leave no transaction open; a connection that cannot even do that is replaced by its owner."""
+def roll_back(connection: sqlite3.Connection) -> bool:
+    """Leave no transaction open; answers whether that worked."""
     try:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
     except sqlite3.Error:
         pass
+    return not connection.in_transaction
