@@ -14,6 +14,7 @@ from flowstead.rules.user_json import is_encodable
 
 E = TypeVar("E", bound=StrEnum)
 
+_TEN_YEARS: Final = 10 * 365 * 24 * 3600
 _LARGEST: Final = 2**63 - 1
 _LONGEST_ID: Final = 256
 _LONGEST_OWNER_BYTES: Final = 512
@@ -117,8 +118,8 @@ def seconds(value: object, name: str) -> float | None:
         return None
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number of seconds, not {_kind(value)}.")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a positive number of seconds, not {value}.")
+    if not 0 < value <= _TEN_YEARS:
+        raise ValueError(f"{name} must be a positive number of seconds, ten years at most.")
     return float(value)
 
 

@@ -38,7 +38,6 @@ from flowstead.model.task import (
     Failed,
     Launch,
     Lost,
-    Outcome,
     StoredTask,
     Succeeded,
     Task,
@@ -75,13 +74,26 @@ class TaskContext:
         """When this attempt is stopped, epoch milliseconds; None if never."""
 
     async def progress(self, summary: str) -> None:
-        """Say how far the work is, durably and for people to read. Cancelling does not take it back."""
+        """Say how far the work is, durably and for people to read. Cancelling does not take it back.
+
+        Raises:
+            CommitFailed: Certainly not written.
+        """
         said = arguments.optional_text(summary, "summary")
-        await self._engine.report(self._key, ProgressReport(task_id=self.task_id, summary=said))
+        await self._report(ProgressReport(task_id=self.task_id, summary=said))
 
     async def heartbeat(self) -> None:
-        """Say that the work is alive, durably. Cancelling does not take it back."""
-        await self._engine.report(self._key, ProgressReport(task_id=self.task_id))
+        """Say that the work is alive, durably. Cancelling does not take it back.
+
+        Raises:
+            CommitFailed: Certainly not written.
+        """
+        await self._report(ProgressReport(task_id=self.task_id))
+
+    async def _report(self, report: ProgressReport) -> None:
+        reply = await self._engine.report(self._key, report)
+        if reply.refusal is not None:
+            raise_refusal(reply.refusal)
 
 
 class FlowContext:
@@ -155,8 +167,8 @@ class FlowContext:
         definition = self._define(function, timeout=timeout, retry=retry)
         step = self._name(name, definition.name)
         drafts = [self._draft(definition, step, input)]
-        [outcome] = await self._outcomes(drafts, definition)
-        return _result(outcome, drafts[0])
+        [task] = await self._ended(drafts, definition)
+        return _result(task)
 
     async def map(
         self,
@@ -192,10 +204,8 @@ class FlowContext:
             self._draft(definition, f"{step}[{index}]", value, group=step, limit=most)
             for index, value in enumerate(inputs)
         ]
-        outcomes = await self._outcomes(drafts, definition)
-        if return_outcomes:
-            return list(outcomes)
-        return [_result(outcome, draft) for outcome, draft in zip(outcomes, drafts, strict=True)]
+        tasks = await self._ended(drafts, definition)
+        return [outcome_of(task) if return_outcomes else _result(task) for task in tasks]
 
     async def once(self, name: str, function: Callable[[], Awaitable[Json]]) -> Json:
         """Run `function()` as a step and return its result; answer from the record if it has run before.
@@ -214,8 +224,8 @@ class FlowContext:
         step = arguments.text(name, "name")
         definition = TaskDefinition(name=step, function=call)
         drafts = [self._draft(definition, step, UNSET)]
-        [outcome] = await self._outcomes(drafts, definition)
-        return _result(outcome, drafts[0])
+        [task] = await self._ended(drafts, definition)
+        return _result(task)
 
     # ---- the flow itself --------------------------------------------------------------------------
 
@@ -237,7 +247,9 @@ class FlowContext:
     ) -> None:
         """End the flow as succeeded; children still running are stopped. Returning does the same."""
         patch = self._patch(current_step, state_json)
-        await self._mutate(lambda revision: Finish(expected_revision=revision, patch=patch))
+        await self._mutate(
+            lambda revision: Finish(expected_revision=revision, patch=patch, by_controller=True)
+        )
 
     async def fail(
         self,
@@ -257,6 +269,7 @@ class FlowContext:
                 blocked_task_id=UNSET if blocked_task_id is None else blocked_task_id,
                 blocked_summary=UNSET if summary is None else summary,
                 failure=Failure(kind="failed", message=summary),
+                by_controller=True,
             )
         )
 
@@ -328,19 +341,15 @@ class FlowContext:
             launch=launch,
         )
 
-    async def _outcomes(
-        self, drafts: Sequence[TaskDraft], definition: TaskDefinition
-    ) -> list[Outcome]:
-        """The outcome of each draft's step, in order, however each comes to have one."""
+    async def _ended(self, drafts: Sequence[TaskDraft], definition: TaskDefinition) -> list[Task]:
+        """The ended child of each draft's step, in order, however it comes to have ended."""
         ends: list[asyncio.Future[bytes] | str] = []
         for start in range(0, len(drafts), _MAP_CHUNK):
             ends.extend(await self._begin(drafts[start : start + _MAP_CHUNK], definition))
         recorded = await self._recorded([end for end in ends if isinstance(end, str)])
-        outcomes: list[Outcome] = []
-        for end in ends:
-            task = recorded[end] if isinstance(end, str) else codec.read_task(await end)
-            outcomes.append(outcome_of(task))
-        return outcomes
+        return [
+            recorded[end] if isinstance(end, str) else codec.read_task(await end) for end in ends
+        ]
 
     async def _begin(
         self, drafts: Sequence[TaskDraft], definition: TaskDefinition
@@ -419,13 +428,14 @@ class CodeDoor:
 
     def define(self, function: str | Callable[..., Awaitable[Json]]) -> TaskDefinition:
         """The definition of a registered task, or one made up for a bare function."""
-        definition = self.registry.definition_of(function)
-        if definition is not None:
-            return definition
-        if isinstance(function, str) or not callable(function):
+        if not isinstance(function, str) and not callable(function):
             raise TypeError(
                 f"run= takes a task function or its name, not {type(function).__name__}."
             )
+        definition = self.registry.definition_of(function)
+        if definition is not None:
+            return definition
+        assert not isinstance(function, str), "an unknown name has been refused"
         name = getattr(function, "__name__", type(function).__name__)
         return TaskDefinition(name=name, function=function)
 
@@ -488,18 +498,18 @@ class CodeDoor:
         await self.registry.controllers[controller_id](flow)
 
 
-def _result(outcome: Outcome, draft: TaskDraft) -> Json:
-    match outcome:
+def _result(task: Task) -> Json:
+    match outcome_of(task):
         case Succeeded(result):
             return result
         case Failed(failure):
-            raise errors.ChildFailed(draft.task_id, draft.run_id, failure)
+            raise errors.ChildFailed(task.task_id, task.run_id, failure)
         case TimedOut(failure):
-            raise errors.ChildTimedOut(draft.task_id, draft.run_id, failure)
+            raise errors.ChildTimedOut(task.task_id, task.run_id, failure)
         case Cancelled(failure):
-            raise errors.ChildCancelled(draft.task_id, draft.run_id, failure)
+            raise errors.ChildCancelled(task.task_id, task.run_id, failure)
         case Lost(failure):
-            raise errors.ChildLost(draft.task_id, draft.run_id, failure)
+            raise errors.ChildLost(task.task_id, task.run_id, failure)
 
 
 def _differ_by_intent_only(mine: bytes, current: bytes) -> bool:

@@ -140,8 +140,11 @@ class Desk:
             ValueError: A status that does not exist, or `after` names no flow.
         """
         engine = self._office.enter()
+        statuses = arguments.choices(status, FlowStatus, "status")
+        if status is not None and not statuses:
+            return []
         query = FlowQuery(
-            statuses=arguments.choices(status, FlowStatus, "status"),
+            statuses=statuses,
             controller_id=arguments.optional_text(controller_id, "controller_id"),
             correlation_id=arguments.optional_text(correlation_id, "correlation_id"),
             before_key=None if after is None else await self._cursor(after),
@@ -192,7 +195,7 @@ class Desk:
         """The flow's children, oldest first; empty for a flow that is not there."""
         engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
         statuses = arguments.choices(status, TaskStatus, "status")
-        if wanted is None:
+        if wanted is None or (status is not None and not statuses):
             return []
         return await engine.store.list_tasks(self._scope, wanted, statuses=statuses)
 

@@ -5,7 +5,7 @@
     │                                            IllegalTransition CancelPending InvalidState StateTooLarge
     │                                            TaskNotLinked
     ├── Unavailable       safe to retry          MailboxFull RuntimeClosed
-    ├── StoreError        reloaded from disk     CommitFailed OutcomeUnknown SnapshotUnreadable
+    ├── StoreError        reloaded from disk     CommitFailed (WriteConflict) OutcomeUnknown SnapshotUnreadable
     │                                            StoreInUse StoreUnusable
     └── ChildError        a child's outcome      ChildFailed ChildTimedOut ChildCancelled ChildLost
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -42,6 +42,19 @@ class Registry:
         self.controllers: dict[str, ControllerFunction] = {}
         self._by_function: dict[Callable[..., Any], TaskDefinition] = {}
 
+    @overload
+    def task(self, function: F) -> F: ...
+
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        on_restart: str = "retry",
+    ) -> Callable[[F], F]: ...
+
     def task(
         self,
         function: F | None = None,
@@ -50,7 +63,7 @@ class Registry:
         timeout: float | None = None,
         retry: Retry | None = None,
         on_restart: str = "retry",
-    ) -> Any:
+    ) -> F | Callable[[F], F]:
         """Register `async def fn(ctx: TaskContext, input) -> Json` as a task. Use as a decorator.
 
         Args:
@@ -101,7 +114,7 @@ class Registry:
             ValueError: A name nobody registered; the message lists those that are.
         """
         if not isinstance(run, str):
-            return self._by_function.get(run)
+            return self._by_function.get(run) if isinstance(run, Hashable) else None
         if run not in self.tasks:
             known = ", ".join(sorted(self.tasks)) or "none"
             raise ValueError(f"no task named {run!r} is registered; registered are: {known}.")

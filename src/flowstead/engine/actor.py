@@ -153,6 +153,11 @@ class Actor:
         """Whether nothing waits for this actor, so that it may be let go of."""
         return not (self.mailbox or self._is_loading or self._is_scheduled or self._draft)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing in it worth keeping: no flow, and no doubt about one."""
+        return self._flow is None and self._doubtful is None
+
     def post(self, envelope: Envelope, *, bounded: bool = True) -> None:
         """Accept an envelope; its reply will be settled whatever happens to the caller.
 
@@ -236,12 +241,13 @@ class Actor:
             running=around.code.running,
             driven=around.code.is_driven(self.key),
             controllers=around.controllers,
+            functions=around.functions,
+            bound=around.code.bound_of(self.key),
             closing=around.code.is_stopping,
         )
         turn = Turn(view, self._seq)
         if self._to_recover:
-            bound = around.code.bound_of(self.key)
-            turn.take(Recover(functions=around.functions, bound=bound), "runtime")
+            turn.take(Recover(), "runtime")
             self._to_recover = False
         docs = _Docs(self._flow, self._doc)
         answers = []
@@ -310,6 +316,7 @@ class Actor:
         self._forget()
         if unknown:
             self._doubtful = draft
+            self._around.feed.doubt(self.key)
         for envelope, _ in draft.answers:
             envelope.answer(reply)
         self._look_again_later()

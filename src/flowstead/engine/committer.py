@@ -116,7 +116,11 @@ class Committer:
         else:
             counts.writes += len(batch)
             for write, writer in batch:
-                writer.committed(position)
+                try:
+                    writer.committed(position)
+                except Exception:
+                    # A fault of ours in one flow must not keep the others from their answers.
+                    log.exception("commit.not_adopted")
                 position += len(write.events)
 
     def _refuse(self, batch: list[tuple[FlowWrite, Writer]], error: StoreError) -> None:

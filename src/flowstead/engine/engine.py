@@ -179,8 +179,8 @@ class Engine:
         return actor
 
     def _rested(self, actor: Actor) -> None:
-        """An actor has nothing left to do. One without a flow is not worth keeping."""
-        if actor.doc is None and self._actors.get(actor.key) is actor:
+        """An actor has nothing left to do. An empty one is not worth keeping."""
+        if actor.is_empty and self._actors.get(actor.key) is actor:
             del self._actors[actor.key]
         if self._quiet is not None and self._is_quiet():
             self._quiet.set()

@@ -51,8 +51,12 @@ class Watcher:
             self.key = await self._feed.find(self.scope, self.flow_id)
             self.scope = Scope(self.key.owner_key)
         self._feed.add(self)
-        if self._cursor is None:
-            self._cursor = await self._feed.newest(self.scope, self.flow_id)
+        try:
+            if self._cursor is None:
+                self._cursor = await self._feed.newest(self.scope, self.flow_id)
+        except BaseException:
+            self._feed.discard(self)
+            raise
         return self
 
     async def __aexit__(

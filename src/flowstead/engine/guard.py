@@ -57,13 +57,16 @@ async def run_guarded(
     try:
         with child.scope:
             value = await code()
+            if not child.scope.cancel_called and not is_shutdown():
+                await absorb_own_cancel()
             if child.reason is not StopReason.TIMED_OUT:
                 return _succeeded(encode_result, value)
     except BaseException as error:
+        if is_shutdown() and (isinstance(error, asyncio.CancelledError) or _is_being_cancelled()):
+            # Whatever it raised while it was being stopped is no outcome.
+            raise asyncio.CancelledError from error
         if isinstance(error, asyncio.CancelledError):
-            if is_shutdown():
-                raise
-            uncancel()
+            await absorb_own_cancel()
         return _failed(error, child.reason), UNSET
     return stopped(child.reason), UNSET
 
@@ -84,14 +87,20 @@ def stopped(reason: StopReason | None, detail: str | None = None) -> Outcome:
 
 def describe(error: BaseException) -> Failure:
     """An exception as a failure: its class, and one capped line of what it says."""
-    name = type(error).__qualname__
-    try:
-        said = str(error)
-    except BaseException:
+    name = _told(lambda: type(error).__qualname__) or "an exception without a name"
+    said = _told(lambda: str(error))
+    if said is None:
         said = "(its message could not be read)"
-    return Failure(
-        kind="exception", code=name, message=one_line(f"{name}: {said}" if said else name)
-    )
+    message = one_line(f"{name}: {said}" if said else name)
+    return Failure(kind="exception", code=one_line(name), message=message)
+
+
+def _told(tell: Callable[[], str]) -> str | None:
+    """What somebody else's code says, as a plain string; None if it will not say."""
+    try:
+        return "".join(tell())[: 4 * _LONGEST_MESSAGE]
+    except BaseException:
+        return None
 
 
 def one_line(text: str) -> str:
@@ -124,10 +133,22 @@ def _failed(error: BaseException, reason: StopReason | None) -> Outcome:
     return Failed(failure) if reason is None else stopped(reason, failure.message)
 
 
-def uncancel() -> None:
-    """Take back a cancellation that was nobody's but the child's own, so that its end can still be reported."""
+def _is_being_cancelled() -> bool:
     task = asyncio.current_task()
-    while task is not None and task.cancelling():
+    return task is not None and task.cancelling() > 0
+
+
+async def absorb_own_cancel() -> None:
+    """Take back a cancellation that was nobody's but the code's own, so that its end can still be reported."""
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        return
+    try:
+        # One that was asked for but not delivered yet would strike at the next await: let it be this one.
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        pass
+    while task.cancelling():
         task.uncancel()
 
 

@@ -21,10 +21,10 @@ import anyio
 from anyio.abc import TaskGroup
 
 from flowstead.engine.clock import Clock, Ids
-from flowstead.engine.guard import ChildScope, describe, run_guarded, uncancel
+from flowstead.engine.guard import ChildScope, absorb_own_cancel, describe, run_guarded
 from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Reply
-from flowstead.errors import CancelPending, FlowError, RuntimeClosed
+from flowstead.errors import CancelPending, RuntimeClosed, StoreError
 from flowstead.model.code import Code
 from flowstead.model.command import (
     Command,
@@ -43,7 +43,7 @@ from flowstead.model.effect import (
     StopReason,
     StopTask,
 )
-from flowstead.model.flow import Failure, FlowKey, Json
+from flowstead.model.flow import Flow, FlowKey, Json
 from flowstead.model.limits import Limits
 from flowstead.model.task import StoredTask
 from flowstead.rules.user_json import encode_json
@@ -92,7 +92,7 @@ class Crew:
         async with anyio.create_task_group() as self.group:
             waiting, self._waiting = self._waiting, []
             for member in waiting:
-                self.group.start_soon(member)
+                self.group.start_soon(_in_a_cell, member)
             await self._empty.wait()
 
     def start(self, member: Member) -> None:
@@ -101,7 +101,7 @@ class Crew:
         if self.group is None:
             self._waiting.append(member)
         else:
-            self.group.start_soon(member)
+            self.group.start_soon(_in_a_cell, member)
 
     def leave(self) -> bool:
         """A member has ended; answers whether it was the last."""
@@ -293,19 +293,21 @@ class Supervisor:
                     return
                 reason = reply.refusal.reason
             log.warning("end.not_recorded", flow_id=key.flow_id, reason=reason)
-            again = asyncio.Event()
-            self._clock.call_later(_REPORT_AGAIN_SECONDS, again.set)
-            await again.wait()
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Give a failing disk time, by the runtime's clock."""
+        over = asyncio.Event()
+        self._clock.call_later(_REPORT_AGAIN_SECONDS, over.set)
+        await over.wait()
 
     # ---- controllers ------------------------------------------------------------------------------
 
     async def _run_controller(self, key: FlowKey, controller_id: str, crew: Crew) -> None:
         scope = crew.controller
         assert scope is not None
-        end: Command = ControllerStopped()
         try:
-            with scope:
-                end = await self._enter(key, controller_id)
+            end = await self._end_of_controller(key, controller_id, scope)
             # From here on the flow is not driven any more, so that its end can be concluded.
             crew.controller = None
             await self._record(key, end)
@@ -314,38 +316,73 @@ class Supervisor:
                 crew.controller = None
             self._leave(key)
 
-    async def _enter(self, key: FlowKey, controller_id: str) -> Command:
+    async def _end_of_controller(
+        self, key: FlowKey, controller_id: str, scope: anyio.CancelScope
+    ) -> Command:
+        """Run the controller and say how it ended, as a command.
+
+        Raises:
+            asyncio.CancelledError: The runtime is shutting down; the next one enters the controller again.
+        """
+        end: Command = ControllerStopped()
+        try:
+            with scope:
+                end = await self._drive(key, controller_id)
+                if not scope.cancel_called and not self._stopping:
+                    await absorb_own_cancel()
+        except asyncio.CancelledError as error:
+            if self._stopping:
+                raise
+            await absorb_own_cancel()
+            return _controller_failed(error)
+        except CancelPending as error:
+            if error.current is not None and _is(error.current, key):
+                return ControllerStopped()
+            return _controller_failed(error)
+        except BaseException as error:
+            log.warning("controller.failed", flow_id=key.flow_id, error=type(error).__name__)
+            return _controller_failed(error)
+        return end
+
+    async def _drive(self, key: FlowKey, controller_id: str) -> Command:
         try:
             entered = await self._report(key, EnterController())
-        except FlowError as error:
+        except StoreError as error:
             log.warning("controller.not_entered", flow_id=key.flow_id, reason=str(error))
+            await self._pause()
             return ControllerStopped()
+        if entered.refusal is not None and entered.refusal.code in _UNSETTLED:
+            await self._pause()
         if entered.refusal is not None or entered.doc is None:
             return ControllerStopped()
-        return await self._drive(key, controller_id, entered.doc)
+        await self._door.drive(key, controller_id, entered.doc)
+        return Finish(expected_revision=None, patch=Patch())
 
-    async def _drive(self, key: FlowKey, controller_id: str, doc: bytes) -> Command:
-        """Run the controller and say how it ended, as a command."""
-        try:
-            await self._door.drive(key, controller_id, doc)
-        except CancelPending:
-            return ControllerStopped()
-        except asyncio.CancelledError:
-            crew = self._crews.get(key)
-            asked = (
-                crew is not None and crew.controller is not None and crew.controller.cancel_called
-            )
-            if self._stopping or asked:
-                raise
-            uncancel()
-            failure = Failure(kind="exception", code="CancelledError", message="raised by itself")
-        except BaseException as error:
-            failure = describe(error)
-            if not isinstance(error, FlowError):
-                log.warning("controller.failed", flow_id=key.flow_id, error=failure.code)
-        else:
-            return Finish(expected_revision=None, patch=Patch())
-        return Fail(expected_revision=None, patch=Patch(), failure=failure)
+
+def _is(flow: Flow, key: FlowKey) -> bool:
+    return (flow.owner_key, flow.flow_id) == (key.owner_key, key.flow_id)
+
+
+def _controller_failed(error: BaseException) -> Command:
+    return Fail(expected_revision=None, patch=Patch(), failure=describe(error))
+
+
+async def _in_a_cell(member: Member) -> None:
+    """Run a member in a bare task inside its place in the group.
+
+    Code that leaves a cancel scope open, as an async generator that is not read to its end easily does, spoils
+    the task it ran in, and anyio would take the whole group down with it. So that task is one of its own.
+    """
+    cell = asyncio.create_task(member())
+    try:
+        await asyncio.wait({cell})
+    finally:
+        if not cell.done():
+            cell.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({cell})
+        if not cell.cancelled() and (error := cell.exception()) is not None:
+            log.error("code.escaped_its_guard", error=type(error).__name__)
 
 
 async def _no_code() -> Json:

@@ -6,7 +6,6 @@ other records of the hot path: with ten thousand live flows it would take half o
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import TypeAlias
 
 import msgspec
@@ -71,6 +70,7 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     expected_revision: int | None
     patch: Patch
+    by_controller: bool = False
 
 
 class Fail(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -81,6 +81,7 @@ class Fail(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     blocked_task_id: str | UnsetType | None = UNSET
     blocked_summary: str | UnsetType | None = UNSET
     failure: Failure | None = None
+    by_controller: bool = False
 
 
 class RequestCancel(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -168,15 +169,8 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
     """A due instant of the flow has come: a retry, or the end of a cancel's grace."""
 
 
-class Recover(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Derive from the snapshot what must move again after it was loaded.
-
-    `functions` are the registered ones; `bound` names the flow's children (by run id, or task id without one)
-    whose unregistered function is still in this process.
-    """
-
-    functions: Container[str]
-    bound: Container[str] = ()
+class Recover(msgspec.Struct, frozen=True, gc=False):
+    """Derive from the snapshot what must move again after it was loaded."""
 
 
 Command: TypeAlias = (

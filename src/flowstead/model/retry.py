@@ -5,9 +5,11 @@ The count and the next instant live in the child's row, so they survive restarts
 
 from __future__ import annotations
 
-from math import isfinite
+from typing import Final
 
 import msgspec
+
+_TEN_YEARS: Final = 10 * 365 * 24 * 3600
 
 
 class Retry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -30,8 +32,8 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
             )
         for name in ("initial", "factor", "max_delay", "jitter"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not isfinite(value) or value < 0:
-                raise ValueError(f"Retry.{name} must be a finite number, 0 or more, not {value!r}.")
+            if type(value) not in (int, float) or not 0 <= value <= _TEN_YEARS:
+                raise ValueError(f"Retry.{name} must be a number from 0 to {_TEN_YEARS}.")
         if self.factor < 1:
             raise ValueError(f"Retry.factor must be at least 1, not {self.factor}.")
         if self.jitter > 1:

@@ -37,6 +37,7 @@ from flowstead.rules.view import (
     Decision,
     Fact,
     View,
+    all_fields,
     change_flow,
 )
 
@@ -62,18 +63,9 @@ def _create(view: View, command: c.Create) -> Answer:
         return NOTHING if same else Refusal(Code.FLOW_EXISTS, "Flow already exists.")
     if command.defect is not None:
         return Refusal(Code(command.defect.code), command.defect.reason)
-    changed = {
-        "status": draft.status,
-        "controllerId": draft.controller_id,
-        "goal": draft.goal,
-        "currentStep": draft.current_step,
-        "stateJson": None if draft.state_json is UNSET else draft.state_json,
-        "waitJson": None if draft.wait_json is UNSET else draft.wait_json,
-    }
-    told = {name: value for name, value in changed.items() if value is not None}
     return Decision(
         flow=draft,
-        facts=(Fact(EventType.FLOW_CREATED, told),),
+        facts=(Fact(EventType.FLOW_CREATED, all_fields(draft)),),
         effects=_enter(view, draft),
     )
 
@@ -320,7 +312,9 @@ def _revive(view: View, task_ids: list[str]) -> tuple[list[endings.Change], list
     cut_off = [
         task
         for task in mine
-        if task.status is TaskStatus.RUNNING and task.task_id not in view.running
+        if task.status is TaskStatus.RUNNING
+        and task.task_id not in view.running
+        and task.interruptions < view.limits.interruptions
     ]
     queued = [
         task.task_id
@@ -411,7 +405,9 @@ def _tick(view: View, command: c.Tick) -> Answer:
     due = [
         task.task_id
         for task in view.children.active.values()
-        if task.next_attempt_at is not None and task.next_attempt_at <= view.now
+        if task.next_attempt_at is not None
+        and task.next_attempt_at <= view.now
+        and view.has_function(task)
     ]
     return Decision(lined_up=tuple(due))
 

@@ -1,6 +1,7 @@
 """What follows from a change, whatever caused it. Pure, and asked after every applied command.
 
-- A flow that has just ended takes its launched children with it; linked ones run elsewhere and report.
+- A flow that has just ended takes its launched children and its controller with it; linked children run
+  elsewhere and report.
 - A flow with a cancel intent starts nothing, and becomes cancelled when its last child has ended, when a
   `cancel` finds nothing running, or when the grace of the request is over.
 - Any other flow starts the children that stand in line, as far as their limits allow.
@@ -20,10 +21,15 @@ from flowstead.rules import endings
 from flowstead.rules.view import NOTHING, Decision, View, change_flow
 
 
-def end_children(view: View) -> Decision:
-    """The flow has just ended: children with no code running here end now, the others are stopped."""
+def end_code(view: View, command: c.Command) -> Decision:
+    """The flow has just ended: children with no code running here end now, the others are stopped.
+
+    So is the controller, unless it ended the flow itself and may tidy up.
+    """
     launched = view.children.launched()
-    if not launched:
+    by_itself = isinstance(command, (c.Finish, c.Fail)) and command.by_controller
+    controller = (StopController(),) if view.driven and not by_itself else ()
+    if not launched and not controller:
         return NOTHING
     idle = [task for task in launched if not view.has_code(task)]
     failure = endings.cancelled("the flow ended")
@@ -32,7 +38,10 @@ def end_children(view: View) -> Decision:
     return Decision(
         tasks=tuple(task for task, _ in ended),
         facts=tuple(fact for _, fact in ended),
-        effects=tuple(StopTask(task_id, StopReason.FLOW_ENDED) for task_id in stopped),
+        effects=(
+            *(StopTask(task_id, StopReason.FLOW_ENDED) for task_id in stopped),
+            *controller,
+        ),
     )
 
 

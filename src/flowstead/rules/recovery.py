@@ -39,7 +39,7 @@ def recover(view: View, command: c.Recover) -> Decision | Refusal:
     lined_up: list[str] = []
     started: list[StartTask] = []
     for task in view.children.launched():
-        fate, why = fate_of(task, view, command)
+        fate, why = fate_of(task, view)
         if fate is Fate.LINE_UP:
             lined_up.append(task.task_id)
         elif fate is Fate.RESTART:
@@ -59,7 +59,7 @@ def recover(view: View, command: c.Recover) -> Decision | Refusal:
     )
 
 
-def fate_of(task: StoredTask, view: View, command: c.Recover) -> tuple[Fate, str]:
+def fate_of(task: StoredTask, view: View) -> tuple[Fate, str]:
     """What becomes of one launched child, and why."""
     flow, launch = view.flow, task.launch
     assert flow is not None and launch is not None
@@ -67,23 +67,25 @@ def fate_of(task: StoredTask, view: View, command: c.Recover) -> tuple[Fate, str
         return Fate.KEEP, "its code is running here"
     if has_ended(flow) or flow.cancel_requested_at is not None:
         return Fate.CANCEL, "interrupted by a restart after the flow ended or was asked to cancel"
-    if not _has_function(task, launch, command):
+    if launch.function is None and _is_worn(task, view):
+        return Fate.LOSE, f"interrupted {task.interruptions + 1} times; not started again"
+    if not view.has_function(task):
         return _without_function(launch)
     if task.status is TaskStatus.QUEUED:
         if task.next_attempt_at is not None and task.next_attempt_at > view.now:
             return Fate.KEEP, "its retry is not due"
         return Fate.LINE_UP, "it was waiting for its turn"
-    if launch.on_restart is OnRestart.LOST and launch.function is not None:
+    if launch.on_restart is OnRestart.LOST:
         return Fate.LOSE, "the process ended before the child's outcome was recorded"
-    if task.interruptions >= view.limits.interruptions:
+    if _is_worn(task, view):
         return Fate.LOSE, f"interrupted {task.interruptions + 1} times; not started again"
     return Fate.RESTART, "it was cut off"
 
 
-def _has_function(task: StoredTask, launch: Launch, command: c.Recover) -> bool:
-    if launch.function is None:
-        return (task.run_id or task.task_id) in command.bound
-    return launch.function in command.functions
+def _is_worn(task: StoredTask, view: View) -> bool:
+    """Whether the child has been cut off so often that it may be what kills its process."""
+    running = task.status is TaskStatus.RUNNING
+    return running and task.interruptions >= view.limits.interruptions
 
 
 def _without_function(launch: Launch) -> tuple[Fate, str]:

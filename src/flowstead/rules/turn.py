@@ -85,7 +85,7 @@ class Turn:
         elif not has_ended(flow) and not self.view.closing:
             self._apply(follow.start_children(self.view), actor)
         if flow is not None and has_ended(flow) and not (before is not None and has_ended(before)):
-            self._apply(follow.end_children(self.view), actor)
+            self._apply(follow.end_code(self.view, command), actor)
 
     def _apply(self, decision: Decision, actor: str) -> None:
         view = self.view

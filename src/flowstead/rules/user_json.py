@@ -7,6 +7,7 @@ cycle nor a list shared a million times over can keep it busy.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import Any
 
@@ -53,16 +54,17 @@ def encode_json(value: Json, *, name: str, max_bytes: int, max_depth: int) -> En
     except _NotJson as found:
         return Defect(Code.INVALID_STATE, f"{found.path} {found.problem} Nothing was written.")
     except UnicodeEncodeError:
-        path = _find_surrogate(value, name)
-        return Defect(
-            Code.INVALID_STATE,
-            f"{path} holds a lone surrogate, which UTF-8 cannot carry. Nothing was written.",
-        )
+        path = _find(value, name, lambda part: isinstance(part, str) and not is_encodable(part))
+        problem = f"{path} holds a lone surrogate, which UTF-8 cannot carry. Nothing was written."
+        return Defect(Code.INVALID_STATE, problem)
+    except ValueError:
+        path = _find(value, name, lambda part: isinstance(part, int) and _is_too_long(part))
+        return Defect(Code.INVALID_STATE, f"{path} has too many digits. Nothing was written.")
     except _TooLarge:
         return _too_large(name, f"more than {max_bytes}", max_bytes)
     except Exception as error:
         # A value whose own methods misbehave; whatever it is, it cannot be kept.
-        problem = f"{name} cannot be encoded ({type(error).__qualname__}). Nothing was written."
+        problem = f"{name} cannot be encoded ({_named(error)}). Nothing was written."
         return Defect(Code.INVALID_STATE, problem)
     if len(encoded) > max_bytes:
         return _too_large(name, str(len(encoded)), max_bytes)
@@ -74,7 +76,7 @@ class _TooLarge(Exception):
 
 
 class _Walk:
-    """One pass over a value. Every value takes at least one byte, so the byte limit bounds the visits."""
+    """One pass over a value. Values take a byte at least, and texts their length, so the limit bounds it all."""
 
     def __init__(self, max_values: int, max_depth: int) -> None:
         self._left = max_values
@@ -91,17 +93,24 @@ class _Walk:
             self._enter(path, depth, len(value))
             for key, item in value.items():
                 if type(key) is not str and not isinstance(key, str):
-                    problem = f"has a key of type {type(key).__qualname__}; JSON keys are strings."
+                    problem = f"has a key of type {_named(key)}; JSON keys are strings."
                     raise _NotJson(path, problem)
-                if type(item) not in _PLAIN:
+                self._left -= len(key)
+                if type(item) is str:
+                    self._left -= len(item)
+                elif type(item) not in _PLAIN:
                     self.visit(item, f"{path}[{_shown(key)}]", depth + 1)
+            self._check_size()
         elif isinstance(value, (list, tuple)):
             self._enter(path, depth, len(value))
             for index, item in enumerate(value):
-                if type(item) not in _PLAIN:
+                if type(item) is str:
+                    self._left -= len(item)
+                elif type(item) not in _PLAIN:
                     self.visit(item, f"{path}[{index}]", depth + 1)
+            self._check_size()
         elif not isinstance(value, (str, int)):
-            raise _NotJson(path, f"is of type {kind.__qualname__}, which is not a JSON value.")
+            raise _NotJson(path, f"is of type {_named(value)}, which is not a JSON value.")
 
     def _enter(self, path: str, depth: int, length: int) -> None:
         if depth >= self._max_depth:
@@ -110,6 +119,9 @@ class _Walk:
                 where, f"is nested deeper than {self._max_depth} levels, or contains itself."
             )
         self._left -= length + 1
+        self._check_size()
+
+    def _check_size(self) -> None:
         if self._left < 0:
             raise _TooLarge
 
@@ -122,25 +134,44 @@ def _too_large(name: str, size: str, max_bytes: int) -> Defect:
     )
 
 
+def _named(value: object) -> str:
+    """The type of a value, fit for a sentence whatever its author called it."""
+    try:
+        name = str.__str__(type(value).__qualname__)
+    except Exception:
+        return "an unnamed type"
+    return ascii(name)[1:-1][:80]
+
+
 def _shown(key: str) -> str:
     return ascii(key if len(key) <= 40 else key[:37] + "...")
 
 
-def _find_surrogate(value: Any, path: str) -> str:
-    """The path of the first string that cannot be encoded; the value is known to be a finite tree."""
+def _find(value: Any, path: str, is_bad: Callable[[Any], bool]) -> str:
+    """The path of the first scalar that is bad; the value is known to be a finite tree."""
+    parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
-        for key, item in value.items():
-            if not is_encodable(key):
+        parts = value.items()
+        for key in value:
+            if is_bad(key):
                 return f"{path}: the key {_shown(key)}"
-            if found := _find_surrogate(item, f"{path}[{_shown(key)}]"):
-                return found
     elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            if found := _find_surrogate(item, f"{path}[{index}]"):
-                return found
-    elif isinstance(value, str) and not is_encodable(value):
+        parts = enumerate(value)
+    elif is_bad(value):
         return path
+    for key, part in parts:
+        shown = _shown(key) if isinstance(key, str) else key
+        if found := _find(part, f"{path}[{shown}]", is_bad):
+            return found
     return ""
+
+
+def _is_too_long(number: int) -> bool:
+    try:
+        str(number)
+    except ValueError:
+        return True
+    return False
 
 
 def is_encodable(text: str) -> bool:

@@ -20,11 +20,24 @@ class View:
     """The ground a decision stands on.
 
     `running` holds the ids of children whose code runs in this process, `driven` says whether the flow's
-    controller does, `controllers` which controllers could, and `closing` that nothing may be started any
-    more. A child that is `running` by its record but not in `running` was cut off by a crash.
+    controller does, and `controllers` which controllers could. `functions` are the registered ones, `bound`
+    names the flow's children (by run id, or task id without one) whose unregistered function is in this
+    process. `closing` says that nothing may be started any more. A child that is `running` by its record but
+    not in `running` was cut off by a crash.
     """
 
-    __slots__ = ("children", "closing", "controllers", "driven", "flow", "limits", "now", "running")
+    __slots__ = (
+        "bound",
+        "children",
+        "closing",
+        "controllers",
+        "driven",
+        "flow",
+        "functions",
+        "limits",
+        "now",
+        "running",
+    )
 
     def __init__(
         self,
@@ -36,6 +49,8 @@ class View:
         running: Container[str] = (),
         driven: bool = False,
         controllers: Container[str] = (),
+        functions: Container[str] = (),
+        bound: Container[str] = (),
         closing: bool = False,
     ) -> None:
         self.flow = flow
@@ -45,7 +60,16 @@ class View:
         self.running = running
         self.driven = driven
         self.controllers = controllers
+        self.functions = functions
+        self.bound = bound
         self.closing = closing
+
+    def has_function(self, task: StoredTask) -> bool:
+        """Whether the launched child's function can be found in this process."""
+        assert task.launch is not None
+        if task.launch.function is None:
+            return (task.run_id or task.task_id) in self.bound
+        return task.launch.function in self.functions
 
     def has_code(self, task: StoredTask) -> bool:
         """Whether code of the child's present attempt runs here. One that waits for a retry has none."""
@@ -79,6 +103,9 @@ NOTHING: Final = Decision()
 
 _FLOW_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredFlow)}
 _TASK_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredTask)}
+_NEVER_TOLD: Final = frozenset(
+    {"key", "flow_id", "revision", "updated_at", "idempotency_key", "request_digest"}
+)
 _BOOKKEEPING: Final = frozenset({"revision", "updated_at", "last_event_at", "interruptions"})
 
 
@@ -103,6 +130,16 @@ def change_task(
     last = max(now, task.last_event_at or task.created_at)
     after = msgspec.structs.replace(task, last_event_at=last, **fields)
     return after, Fact(event, changed, task.task_id)
+
+
+def all_fields(flow: StoredFlow) -> dict[str, Json]:
+    """Everything a flow begins with, by wire name: where its history starts from."""
+    fields = {name: getattr(flow, name) for name in _FLOW_WIRE if name not in _NEVER_TOLD}
+    return {
+        _FLOW_WIRE[name]: value
+        for name, value in fields.items()
+        if value is not None and value is not UNSET
+    }
 
 
 def _changed(

@@ -95,7 +95,8 @@ class WorkerConnection(aiosqlite.Connection):
 
         Cancelling the caller does not stop the function.
         """
-        result: T = await self._execute(function, self._conn, *args)  # type: ignore[no-untyped-call]
+        # aiosqlite logs what it runs, at DEBUG: a closure shows nothing of the rows it carries.
+        result: T = await self._execute(lambda: function(self._conn, *args))  # type: ignore[no-untyped-call]
         return result
 
 

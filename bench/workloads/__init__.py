@@ -1,0 +1,1 @@
+"""One module for each workload; `run` measures it and answers the rows of the table."""

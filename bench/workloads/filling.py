@@ -1,0 +1,34 @@
+"""Filling a runtime with many flows, a few hundred clients at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+from bench.sample import CONTROLLER, GOAL, WAIT, state
+from flowstead import SessionFlows
+
+_CLIENTS = 512
+
+
+async def fill(flows: SessionFlows, first: int, count: int, status: str) -> None:
+    """Make flows `flow-<first>` and on, unfinished; the waiting ones say what they wait for."""
+    numbers = itertools.count(first)
+
+    async def client() -> None:
+        while (number := next(numbers)) < first + count:
+            await flows.create_managed(
+                controller_id=CONTROLLER,
+                goal=GOAL,
+                flow_id=name(number),
+                status=status,
+                state_json=state(number),
+                wait_json=WAIT if status == "waiting" else None,
+            )
+
+    await asyncio.gather(*(client() for _ in range(_CLIENTS)))
+
+
+def name(number: int) -> str:
+    """The id of a flow."""
+    return f"inbox-triage-{number:08d}"
