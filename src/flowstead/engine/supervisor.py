@@ -373,16 +373,23 @@ async def _in_a_cell(member: Member) -> None:
     Code that leaves a cancel scope open, as an async generator that is not read to its end easily does, spoils
     the task it ran in, and anyio would take the whole group down with it. So that task is one of its own.
     """
-    cell = asyncio.create_task(member())
+    scope = anyio.CancelScope()
+    cell = asyncio.create_task(_in_scope(scope, member))
     try:
         await asyncio.wait({cell})
     finally:
         if not cell.done():
-            cell.cancel()
+            # By scope, not by Task.cancel: what the code shields from cancellation stays shielded.
+            scope.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait({cell})
         if not cell.cancelled() and (error := cell.exception()) is not None:
             log.error("code.escaped_its_guard", error=type(error).__name__)
+
+
+async def _in_scope(scope: anyio.CancelScope, member: Member) -> None:
+    with scope:
+        await member()
 
 
 async def _no_code() -> Json:
