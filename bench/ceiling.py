@@ -48,9 +48,8 @@ class Ceiling:
     def __init__(self, path: Path, durability: Durability) -> None:
         self._wal = path.with_name(path.name + "-wal")
         self._connection = connect(path, durability)
-        self._epoch, self.commits, self._position = self._connection.execute(
-            "SELECT epoch, commits, last_position FROM ownership"
-        ).fetchone()
+        (self._epoch,) = self._connection.execute("SELECT epoch FROM ownership").fetchone()
+        self.commits = 0
         self._loop = asyncio.get_running_loop()
         self._writes: list[Waiting] = []
         self._reads: list[Waiting] = []
@@ -122,9 +121,7 @@ class Ceiling:
 
     def _commit(self, writes: list[FlowWrite]) -> Sequence[None]:
         self.commits += 1
-        self._position = write_batch(
-            self._connection, self._epoch, self.commits, self._position + 1, writes
-        )
+        write_batch(self._connection, self._epoch, writes)
         return [None] * len(writes)
 
     def _find(self, wanted: list[tuple[str, str]]) -> list[Found]:

@@ -138,9 +138,7 @@ async def _open_recovering(path: Path, durability: Durability, count: int) -> No
 async def _open_bare(path: Path, durability: Durability, count: int) -> None:
     watch = Stopwatch()
     connection = connect(path, durability)
-    epoch, commits, last = connection.execute(
-        "SELECT epoch, commits, last_position FROM ownership"
-    ).fetchone()
+    (epoch,) = connection.execute("SELECT epoch FROM ownership").fetchone()
     ready = watch.seconds
     flow_id = name(count // 2)
     key, revision, doc = connection.execute(
@@ -149,7 +147,7 @@ async def _open_bare(path: Path, durability: Durability, count: int) -> None:
     text = doc.decode()
     columns = (None, None, None, "running", None, None, revision + 1, text, revision)
     flow, event = FlowRow(key, OWNER, flow_id, *columns), EventRow(key, revision + 2, text)
-    write_batch(connection, epoch, commits + 1, last + 1, [FlowWrite(flow, [], [event])])
+    write_batch(connection, epoch, [FlowWrite(flow, [], [event])])
     await _answer_and_wait(ready, watch.seconds)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Final
@@ -66,6 +67,7 @@ class Office:
         self.creating: dict[tuple[str, str], asyncio.Future[Reply]] = {}
         """Creates under way, by owner and idempotency key."""
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._closed: str | None = None
 
     def close(self, reason: str) -> None:
@@ -90,7 +92,8 @@ class Office:
         Raises:
             RuntimeError: The call comes from another event loop.
         """
-        if asyncio.get_running_loop() is not self._loop:
+        # Asked for every call, so not of asyncio, which would ask the kernel for our process id each time.
+        if threading.get_ident() != self._thread or not self._loop.is_running():
             raise RuntimeError(
                 "This runtime belongs to another event loop. Open one in this loop, or send the call"
                 " there with asyncio.run_coroutine_threadsafe."

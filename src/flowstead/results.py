@@ -40,7 +40,7 @@ def raise_refusal(refusal: Refusal, current: Flow | None = None) -> NoReturn:
     raise error_for(refusal.code, refusal.reason, current)
 
 
-class Applied(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+class Applied(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type", gc=False):
     """The mutation is durable; `flow` is the flow right after it."""
 
     flow: Flow
@@ -58,7 +58,7 @@ class Applied(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="
         return self.flow
 
 
-class Rejected(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+class Rejected(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type", gc=False):
     """Nothing changed. `code` is for programs, `reason` for people, `current` the flow as it is now."""
 
     code: Code
@@ -79,7 +79,7 @@ class Rejected(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field=
         raise error_for(self.code, self.reason, self.current)
 
 
-class Created(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+class Created(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type", gc=False):
     """The child exists; `flow` is its flow, whose revision the child has not touched."""
 
     flow: Flow
@@ -106,7 +106,7 @@ class Created(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="
         return self.task
 
 
-class Refused(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type"):
+class Refused(msgspec.Struct, frozen=True, rename="camel", tag=True, tag_field="type", gc=False):
     """No child was made. With code `duplicate`, `task` is the one that already has the run id."""
 
     code: Code

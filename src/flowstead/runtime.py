@@ -146,6 +146,8 @@ class Runtime:
         limits: Limits,
         takeover: bool,
     ) -> None:
+        self._office: Office | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._name = store.name
         self._takeover = takeover
         self._door = CodeDoor(registry)
@@ -159,8 +161,6 @@ class Runtime:
             functions=registry.tasks,
         )
         self._door.attach(self._engine)
-        self._office: Office | None = None
-        self._closing: asyncio.Task[None] | None = None
         self._opened_at = _caller()
         self.task_flow = TaskFlow(self)
         self.tasks = Tasks(self.task_flow)

@@ -12,7 +12,6 @@ from the stored snapshot. When it is idle for a while the engine lets go of it a
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Container, Iterable
 from typing import Final, Protocol
 
@@ -25,6 +24,7 @@ from flowstead.engine.loader import Loader
 from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Envelope, Mailbox, Reply
 from flowstead.engine.timers import Timers
+from flowstead.engine.turns import TurnQueue
 from flowstead.engine.waiters import Waiters
 from flowstead.errors import OutcomeUnknown, SnapshotUnreadable, StoreError
 from flowstead.model.code import Code, Refusal
@@ -86,6 +86,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     committer: Committer
     feed: Feed
     timers: Timers
+    turns: TurnQueue
     code: RunningCode
     controllers: Container[str]
     functions: Container[str]
@@ -95,16 +96,16 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     look_again: Callable[[FlowKey], None]
 
 
-class Draft(msgspec.Struct, frozen=True):
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """A turn on its way to the disk: what to adopt and whom to tell once it is there."""
 
     flow: StoredFlow
     doc: bytes
     seq: int
     tasks: dict[str, StoredTask]
-    rows: list[TaskRow]
-    events: list[EventRow]
-    answers: list[tuple[Envelope, Reply]]
+    rows: tuple[TaskRow, ...]
+    events: tuple[EventRow, ...]
+    answers: tuple[tuple[Envelope, Reply], ...]
     effects: list[Effect]
 
 
@@ -204,14 +205,15 @@ class Actor:
             return
         if self._is_loaded:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._take_turn)
+            self._around.turns.schedule(self.take_turn)
         else:
             self._is_loading = True
             self._around.loader.want(self)
 
     # ---- the turn ---------------------------------------------------------------------------------
 
-    def _take_turn(self) -> None:
+    def take_turn(self) -> None:
+        """Fold what waits, once; for the queue of turns to call."""
         self._is_scheduled = False
         envelopes = self.mailbox.take(_TURN)
         try:
@@ -266,12 +268,11 @@ class Actor:
             doc,
             self._seq + len(turn.events),
             turn.tasks,
-            [
-                codec.task_row(task, fresh=task.task_id in turn.created)
-                for task in turn.tasks.values()
-            ],
-            [codec.event_row(flow.key, event) for event in turn.events],
-            answers,
+            tuple(
+                [codec.task_row(t, fresh=t.task_id in turn.created) for t in turn.tasks.values()]
+            ),
+            tuple([codec.event_row(flow.key, event) for event in turn.events]),
+            tuple(answers),
             turn.effects(),
         )
 

@@ -23,6 +23,7 @@ from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Envelope, Reply
 from flowstead.engine.supervisor import Door, Supervisor
 from flowstead.engine.timers import Timers
+from flowstead.engine.turns import TurnQueue
 from flowstead.engine.waiters import Waiters
 from flowstead.errors import RuntimeClosed, StoreError
 from flowstead.model.code import MAILBOX_FULL
@@ -95,6 +96,7 @@ class Engine:
             functions=functions,
             flow_ends=self.flow_ends,
             task_ends=self.task_ends,
+            turns=TurnQueue(),
             rested=self._rested,
             look_again=self._look_again,
         )
@@ -120,7 +122,7 @@ class Engine:
         """
         if self._is_closed:
             raise RuntimeClosed("This runtime is closing. Nothing was changed.")
-        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[Reply] = self._loop.create_future()
         try:
             self._actor(key, is_new).post(Envelope(command, actor, reply))
         except anyio.WouldBlock:
@@ -143,7 +145,7 @@ class Engine:
         """
         if self._is_shut:
             raise RuntimeClosed("This runtime is closed.")
-        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[Reply] = self._loop.create_future()
         self._actor(key, False).post(Envelope(command, _RUNTIME, reply), bounded=False)
         return await reply
 
@@ -214,7 +216,7 @@ class Engine:
 
     def _tick(self, key: FlowKey) -> None:
         if not self._is_closed:
-            reply = asyncio.get_running_loop().create_future()
+            reply = self._loop.create_future()
             self._actor(key, False).post(Envelope(Tick(), _RUNTIME, reply), bounded=False)
 
     # ---- opening and closing ----------------------------------------------------------------------
@@ -225,6 +227,8 @@ class Engine:
         Raises:
             StoreInUse, StoreUnusable: Nothing was started.
         """
+        # Kept, because asking asyncio for it asks the kernel for our process id each time.
+        self._loop = asyncio.get_running_loop()
         await self.store.open(takeover=takeover)
         for name, job in (
             ("committer", self.committer.run),

@@ -54,20 +54,23 @@ async def run_guarded(
     Raises:
         asyncio.CancelledError: The runtime is shutting down, so there is no outcome.
     """
+    is_released = False
     try:
         with child.scope:
             value = await code()
-            if not child.scope.cancel_called and not is_shutdown():
+            if not child.scope.cancel_called:
                 await absorb_own_cancel()
             if child.reason is not StopReason.TIMED_OUT:
                 return _succeeded(encode_result, value)
     except BaseException as error:
-        if is_shutdown() and (isinstance(error, asyncio.CancelledError) or _is_being_cancelled()):
-            # Whatever it raised while it was being stopped is no outcome.
-            raise asyncio.CancelledError from error
-        if isinstance(error, asyncio.CancelledError):
-            await absorb_own_cancel()
-        return _failed(error, child.reason), UNSET
+        is_released = child.reason is None and is_shutdown() and _was_stopped(child, error)
+        if not is_released:
+            if isinstance(error, asyncio.CancelledError):
+                await absorb_own_cancel()
+            return _failed(error, child.reason), UNSET
+    if is_released or (child.reason is None and is_shutdown()):
+        # Whatever it did while the runtime was stopping it is no outcome.
+        raise asyncio.CancelledError
     return stopped(child.reason), UNSET
 
 
@@ -133,9 +136,11 @@ def _failed(error: BaseException, reason: StopReason | None) -> Outcome:
     return Failed(failure) if reason is None else stopped(reason, failure.message)
 
 
-def _is_being_cancelled() -> bool:
+def _was_stopped(child: ChildScope, error: BaseException) -> bool:
+    """Whether an error came of being stopped, be it the cancellation itself or what cleaning up made of it."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    asked = child.scope.cancel_called or (task is not None and task.cancelling() > 0)
+    return asked or isinstance(error, asyncio.CancelledError)
 
 
 async def absorb_own_cancel() -> None:

@@ -54,7 +54,8 @@ _UNSETTLED: Final = frozenset({Code.PERSIST_FAILED, Code.OUTCOME_UNKNOWN})
 _REPORT_AGAIN_SECONDS: Final = 1.0
 
 
-Member: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+Run: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+Stop: TypeAlias = Callable[[], object]
 
 
 class Door(Protocol):
@@ -84,24 +85,24 @@ class Crew:
         self.controller: anyio.CancelScope | None = None
         self.members = 0
         self.group: TaskGroup | None = None
-        self._waiting: list[Member] = []
+        self._waiting: list[tuple[Run, Stop]] = []
         self._empty = asyncio.Event()
 
     async def host(self) -> None:
         """Hold the task group for as long as it has members."""
         async with anyio.create_task_group() as self.group:
             waiting, self._waiting = self._waiting, []
-            for member in waiting:
-                self.group.start_soon(_in_a_cell, member)
+            for run, stop in waiting:
+                self.group.start_soon(_in_a_cell, run, stop)
             await self._empty.wait()
 
-    def start(self, member: Member) -> None:
-        """Run a member, at once or as soon as the group stands."""
+    def start(self, run: Run, stop: Stop) -> None:
+        """Run a member, at once or as soon as the group stands; `stop` is how shutdown stops it."""
         self.members += 1
         if self.group is None:
-            self._waiting.append(member)
+            self._waiting.append((run, stop))
         else:
-            self.group.start_soon(_in_a_cell, member)
+            self.group.start_soon(_in_a_cell, run, stop)
 
     def leave(self) -> bool:
         """A member has ended; answers whether it was the last."""
@@ -132,6 +133,7 @@ class Supervisor:
         self._children: dict[str, ChildScope] = {}
         self._crews: dict[FlowKey, Crew] = {}
         self._ready = asyncio.Event()
+        self._pauses: set[asyncio.Event] = set()
         self._stopping = False
         self.interrupted: dict[FlowKey, list[str]] = {}
 
@@ -180,6 +182,8 @@ class Supervisor:
     def stop(self) -> None:
         """Cancel all code. Nothing is started any more, and ends without an outcome are not reported."""
         self._stopping = True
+        for pause in self._pauses:
+            pause.set()
         if self._group is not None:
             self._group.cancel_scope.cancel()
 
@@ -209,14 +213,14 @@ class Supervisor:
             self._interrupt(key, task)
             return
         child = self._children[task.task_id] = ChildScope(task.attempt)
-        self._crew(key).start(partial(self._run_task, key, task, child))
+        self._crew(key).start(partial(self._run_task, key, task, child), child.scope.cancel)
 
     def _start_controller(self, key: FlowKey, controller_id: str) -> None:
         if self._stopping or self.is_driven(key):
             return
         crew = self._crew(key)
-        crew.controller = anyio.CancelScope()
-        crew.start(partial(self._run_controller, key, controller_id, crew))
+        scope = crew.controller = anyio.CancelScope()
+        crew.start(partial(self._run_controller, key, controller_id, crew), scope.cancel)
 
     def _crew(self, key: FlowKey) -> Crew:
         crew = self._crews.get(key)
@@ -293,13 +297,20 @@ class Supervisor:
                     return
                 reason = reply.refusal.reason
             log.warning("end.not_recorded", flow_id=key.flow_id, reason=reason)
+            if self._stopping:
+                return
             await self._pause()
 
     async def _pause(self) -> None:
-        """Give a failing disk time, by the runtime's clock."""
+        """Give a failing disk time, by the runtime's clock, but do not hold up a shutdown."""
         over = asyncio.Event()
-        self._clock.call_later(_REPORT_AGAIN_SECONDS, over.set)
-        await over.wait()
+        self._pauses.add(over)
+        timer = self._clock.call_later(_REPORT_AGAIN_SECONDS, over.set)
+        try:
+            await over.wait()
+        finally:
+            timer.cancel()
+            self._pauses.discard(over)
 
     # ---- controllers ------------------------------------------------------------------------------
 
@@ -324,15 +335,13 @@ class Supervisor:
         Raises:
             asyncio.CancelledError: The runtime is shutting down; the next one enters the controller again.
         """
-        end: Command = ControllerStopped()
+        end: Command | None = None
         try:
             with scope:
                 end = await self._drive(key, controller_id)
-                if not scope.cancel_called and not self._stopping:
+                if not scope.cancel_called:
                     await absorb_own_cancel()
         except asyncio.CancelledError as error:
-            if self._stopping:
-                raise
             await absorb_own_cancel()
             return _controller_failed(error)
         except CancelPending as error:
@@ -342,7 +351,9 @@ class Supervisor:
         except BaseException as error:
             log.warning("controller.failed", flow_id=key.flow_id, error=type(error).__name__)
             return _controller_failed(error)
-        return end
+        if end is None and self._stopping:
+            raise asyncio.CancelledError
+        return end or ControllerStopped()
 
     async def _drive(self, key: FlowKey, controller_id: str) -> Command:
         try:
@@ -367,29 +378,25 @@ def _controller_failed(error: BaseException) -> Command:
     return Fail(expected_revision=None, patch=Patch(), failure=describe(error))
 
 
-async def _in_a_cell(member: Member) -> None:
+async def _in_a_cell(run: Run, stop: Stop) -> None:
     """Run a member in a bare task inside its place in the group.
 
     Code that leaves a cancel scope open, as an async generator that is not read to its end easily does, spoils
     the task it ran in, and anyio would take the whole group down with it. So that task is one of its own.
     """
-    scope = anyio.CancelScope()
-    cell = asyncio.create_task(_in_scope(scope, member))
+    cell = asyncio.create_task(run())
+    ended = asyncio.Event()
+    cell.add_done_callback(lambda _: ended.set())
     try:
-        await asyncio.wait({cell})
+        await ended.wait()
     finally:
         if not cell.done():
-            # By scope, not by Task.cancel: what the code shields from cancellation stays shielded.
-            scope.cancel()
+            # By its scope, not by Task.cancel: what the code shields from cancellation stays shielded.
+            stop()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait({cell})
+                await ended.wait()
         if not cell.cancelled() and (error := cell.exception()) is not None:
             log.error("code.escaped_its_guard", error=type(error).__name__)
-
-
-async def _in_scope(scope: anyio.CancelScope, member: Member) -> None:
-    with scope:
-        await member()
 
 
 async def _no_code() -> Json:

@@ -30,7 +30,9 @@ class EventType(StrEnum):
     TASK_ENDED = "task.ended"
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class Event(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False
+):
     """One fact about a flow or one of its children.
 
     `seq` counts from 1 without gaps inside the flow; `position` grows over the whole store, in commit

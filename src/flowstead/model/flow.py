@@ -54,7 +54,9 @@ class NotifyPolicy(StrEnum):
     SILENT = "silent"
 
 
-class Failure(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class Failure(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False
+):
     """Why something failed: `kind` for programs, `message` for people.
 
     `kind` is a short snake_case word (`exception`, `timed_out`, `bad_result`, …), `code` the exception's
@@ -66,7 +68,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_de
     message: str | None = None
 
 
-class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """A flow as its owner sees it: a snapshot that never changes and shares nothing.
 
     Instants are integer epoch milliseconds. `ended_at` is set exactly when the flow is final.

@@ -53,7 +53,7 @@ class OnRestart(StrEnum):
     LOST = "lost"
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """A child task as its flow's owner sees it: a snapshot that shares nothing.
 
     `attempt` counts starts, from 1; it is 0 while the child has never been started by this runtime.

@@ -114,6 +114,6 @@ class Turn:
                     type=fact.type,
                     actor=actor,
                     task_id=fact.task_id,
-                    changed=dict(fact.changed),
+                    changed=fact.changed,
                 )
             )

@@ -80,7 +80,7 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
     """An event before it has a number: what happened, and the fields it changed by wire name."""
 
     type: EventType
-    changed: Mapping[str, Json]
+    changed: dict[str, Json]
     task_id: str | None = None
 
 
@@ -106,7 +106,6 @@ _TASK_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(Store
 _NEVER_TOLD: Final = frozenset(
     {"key", "flow_id", "revision", "updated_at", "idempotency_key", "request_digest"}
 )
-_BOOKKEEPING: Final = frozenset({"revision", "updated_at", "last_event_at", "interruptions"})
 
 
 def change_flow(
@@ -127,6 +126,7 @@ def change_task(
     changed = _changed(task, fields, _TASK_WIRE)
     # A result lives in the child's row once; the history says that there is one.
     changed.pop("resultJson", None)
+    changed.pop("interruptions", None)
     last = max(now, task.last_event_at or task.created_at)
     after = msgspec.structs.replace(task, last_event_at=last, **fields)
     return after, Fact(event, changed, task.task_id)
@@ -148,5 +148,5 @@ def _changed(
     return {
         wire[name]: None if value is UNSET else value
         for name, value in fields.items()
-        if name not in _BOOKKEEPING and getattr(before, name) is not value
+        if getattr(before, name) is not value
     }

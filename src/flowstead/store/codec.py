@@ -7,6 +7,7 @@ tolerated, so a file written by a later minor version can still be read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -72,8 +73,8 @@ class FlowWrite(msgspec.Struct, frozen=True, gc=False):
     """Everything one flow's turn writes. A batch is a list of these, committed whole or not at all."""
 
     flow: FlowRow | None
-    tasks: list[TaskRow]
-    events: list[EventRow]
+    tasks: Sequence[TaskRow]
+    events: Sequence[EventRow]
 
 
 def flow_row(
