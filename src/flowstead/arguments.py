@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 from typing import Final, TypeVar
 
@@ -158,16 +158,21 @@ def optional_sequence_number(value: object, name: str) -> int | None:
     return value
 
 
-def choice(value: object, kind: type[E], name: str, allowed: Iterable[E] | None = None) -> E:
+def choice(value: object, kind: type[E], name: str, allowed: Collection[E] | None = None) -> E:
     """One of the words of an enumeration.
 
     Raises:
         ValueError: It is none of them; the message lists them.
     """
-    words = list(kind if allowed is None else allowed)
-    if isinstance(value, str) and value in words:
-        return kind(value)
-    listed = ", ".join(word.value for word in words)
+    found = None
+    if isinstance(value, str):
+        try:
+            found = kind(value)
+        except ValueError:
+            pass
+    if found is not None and (allowed is None or found in allowed):
+        return found
+    listed = ", ".join(word.value for word in (kind if allowed is None else allowed))
     raise ValueError(f"{name} must be one of {listed}; got {value!r:.80}.")
 
 

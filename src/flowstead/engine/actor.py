@@ -235,10 +235,11 @@ class Actor:
     def _fold(self, envelopes: list[Envelope]) -> Draft | None:
         """Decide every envelope. What changed nothing is answered here, the rest is drafted."""
         around = self._around
+        now = self.asked_at = around.clock.now()
         view = View(
             self._flow,
             self._children,
-            now=around.clock.now(),
+            now=now,
             limits=around.limits,
             running=around.code.running,
             driven=around.code.is_driven(self.key),

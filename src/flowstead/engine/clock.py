@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final, Protocol
 
 if sys.version_info >= (3, 14):
@@ -71,11 +70,11 @@ class SystemIds:
     """Random ids: `inbox-triage-20261122T031502123-k3v9q2p7` for flows, UUIDv7 for tasks."""
 
     def flow_id(self, controller_id: str, now: int) -> str:
-        instant = datetime.fromtimestamp(now / 1000, UTC)
-        stamp = f"{instant:%Y%m%dT%H%M%S}{now % 1000:03d}"
-        bits = int.from_bytes(secrets.token_bytes(5))
-        suffix = "".join(_ALPHABET[bits >> shift & 31] for shift in range(0, 40, 5))
-        return f"{slug(controller_id)}-{stamp}-{suffix}"
+        second, millisecond = divmod(now, 1000)
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+        bits = uuid7().int  # its low 62 bits are random
+        suffix = "".join([_ALPHABET[bits >> shift & 31] for shift in range(0, 40, 5)])
+        return f"{slug(controller_id)}-{stamp}{millisecond:03d}-{suffix}"
 
     def task_id(self) -> str:
         return str(uuid7())
@@ -84,6 +83,7 @@ class SystemIds:
         return random.random()
 
 
+@lru_cache(maxsize=256)
 def slug(controller_id: str) -> str:
     """The last part of a controller's name, fit for an id: `my-plugin/Inbox Triage` → `inbox-triage`."""
     last = controller_id.rstrip("/").rpartition("/")[2].lower()

@@ -173,9 +173,9 @@ class Engine:
         actor = self._actors.get(key)
         if actor is None:
             actor = self._actors[key] = Actor(key, self._around, is_new=is_new)
+            actor.asked_at = self.clock.now()
         else:
             self._actors.move_to_end(key)
-        actor.asked_at = self.clock.now()
         if self._sweep is None and not self._is_closed:
             self._sweep = self.clock.call_later(self.limits.idle_seconds, self._let_go)
         return actor

@@ -150,6 +150,8 @@ class Feed:
 
     def announce(self, key: FlowKey, rows: Sequence[EventRow], first_position: int) -> None:
         """Events of one flow that have just been committed."""
+        if not self._of_flow and not self._of_owner:
+            return
         watchers = self._watchers_of(key)
         if not watchers:
             return

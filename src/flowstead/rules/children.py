@@ -63,6 +63,11 @@ class Children(msgspec.Struct, gc=False):
             self._in_line[task_id] = None
             self._group_of(task).queue.append(task_id)
 
+    @property
+    def has_line(self) -> bool:
+        """Whether any child waits for its turn."""
+        return bool(self._in_line)
+
     def next_startable(self, default_limit: int) -> Iterator[StoredTask]:
         """Take the children that may start now out of the line, group by group, oldest first.
 

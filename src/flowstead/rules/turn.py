@@ -54,13 +54,18 @@ class Turn:
         # The answer shows what the command itself did; what follows is told by events.
         flow = self.view.flow
         self._follow(command, actor, before, decision)
+        return Taken(flow, None, self._children(decision) if decision.answered else ())
+
+    def _children(self, decision: Decision) -> tuple[StoredTask | str, ...]:
+        """The children an answer is about; one that ended before the turn by its id alone."""
         active = self.view.children.active
-        children = tuple(self.tasks.get(i) or active.get(i) or i for i in decision.answered)
-        return Taken(flow, None, children)
+        return tuple([self.tasks.get(i) or active.get(i) or i for i in decision.answered])
 
     def effects(self) -> list[Effect]:
         """What to carry out after the commit, without what the turn itself has overtaken."""
         flow = self.view.flow
+        if not self._effects:
+            return []
         return [
             effect
             for effect in self._effects
@@ -82,7 +87,7 @@ class Turn:
             child_ended = any(not is_active(task) for task in decision.tasks)
             self._apply(follow.conclude_cancel(self.view, command, child_ended=child_ended), actor)
             flow = self.view.flow
-        elif not has_ended(flow) and not self.view.closing:
+        elif self.view.children.has_line and not has_ended(flow) and not self.view.closing:
             self._apply(follow.start_children(self.view), actor)
         if flow is not None and has_ended(flow) and not (before is not None and has_ended(before)):
             self._apply(follow.end_code(self.view, command), actor)

@@ -16,7 +16,7 @@ from flowstead.model.task import StoredTask, TaskStatus
 from flowstead.rules.children import Children
 
 
-class View:
+class View(msgspec.Struct, gc=False):
     """The ground a decision stands on.
 
     `running` holds the ids of children whose code runs in this process, `driven` says whether the flow's
@@ -26,43 +26,16 @@ class View:
     not in `running` was cut off by a crash.
     """
 
-    __slots__ = (
-        "bound",
-        "children",
-        "closing",
-        "controllers",
-        "driven",
-        "flow",
-        "functions",
-        "limits",
-        "now",
-        "running",
-    )
-
-    def __init__(
-        self,
-        flow: StoredFlow | None,
-        children: Children,
-        *,
-        now: int,
-        limits: Limits,
-        running: Container[str] = (),
-        driven: bool = False,
-        controllers: Container[str] = (),
-        functions: Container[str] = (),
-        bound: Container[str] = (),
-        closing: bool = False,
-    ) -> None:
-        self.flow = flow
-        self.children = children
-        self.now = now
-        self.limits = limits
-        self.running = running
-        self.driven = driven
-        self.controllers = controllers
-        self.functions = functions
-        self.bound = bound
-        self.closing = closing
+    flow: StoredFlow | None
+    children: Children
+    now: int
+    limits: Limits
+    running: Container[str] = ()
+    driven: bool = False
+    controllers: Container[str] = ()
+    functions: Container[str] = ()
+    bound: Container[str] = ()
+    closing: bool = False
 
     def has_function(self, task: StoredTask) -> bool:
         """Whether the launched child's function can be found in this process."""
