@@ -2,7 +2,7 @@
 
 from msgspec import UNSET
 
-from flowstead.controller import FlowContext, TaskContext
+from flowstead.controller import FlowContext
 from flowstead.errors import (
     CancelPending,
     ChildCancelled,
@@ -54,6 +54,7 @@ from flowstead.results import (
 )
 from flowstead.runtime import Runtime, open_runtime
 from flowstead.session import SessionFlows
+from flowstead.task_context import TaskContext
 
 __all__ = [
     "UNSET",

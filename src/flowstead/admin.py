@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from flowstead.desk import Desk, Office
+from flowstead.core import Core
+from flowstead.scoped import ScopedFlows
 from flowstead.store.port import EVERYONE, Unreadable
 
 
-class Admin(Desk):
+class Admin(ScopedFlows):
     """The reads and cancels of a session, unscoped, and what only operators need.
 
     Where several owners use the same flow id, a flow id stands for the newest of them.
     """
 
-    def __init__(self, office: Office) -> None:
-        super().__init__(office, EVERYONE, "admin")
+    def __init__(self, core: Core) -> None:
+        super().__init__(core, EVERYONE, "admin")
 
     async def list_unreadable(self) -> list[Unreadable]:
         """Every stored row that cannot be read, and why. Reads the whole store.
 
         Such rows are left as they are: other flows are unaffected, and nothing is started over them.
         """
-        return await self._office.enter().store.list_unreadable()
+        return await self._core.enter().store.list_unreadable()
 
     def unregistered_controllers(self) -> dict[str, int]:
         """Controllers of queued and running flows that this runtime has no code for, with their counts.
 
         As found when the runtime was opened; empty without a registry. Their flows stay as they are.
         """
-        return dict(self._office.enter().unregistered)
+        return dict(self._core.enter().unregistered)

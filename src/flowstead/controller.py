@@ -1,4 +1,4 @@
-"""The controller face: what a flow's own code, and the code of its children, is given.
+"""The controller face: what a flow's own code is given.
 
 Theory of operation. A controller is plain Python, run from the top; after a crash it is run from the top again.
 What makes that safe is steps: `run`, `map` and `once` give each piece of work a name inside the flow, and the
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -27,73 +27,34 @@ from flowstead.model.command import (
     Fail,
     Finish,
     Patch,
-    ProgressReport,
     TaskDraft,
     Update,
 )
 from flowstead.model.flow import Failure, Flow, FlowKey, Json
 from flowstead.model.retry import Retry
 from flowstead.model.task import (
+    LAUNCHED_RUNTIME,
     Cancelled,
     Failed,
-    Launch,
     Lost,
-    StoredTask,
     Succeeded,
     Task,
     TimedOut,
     is_active,
     outcome_of,
 )
-from flowstead.registry import Registry, TaskDefinition
+from flowstead.registry import TaskDefinition
 from flowstead.results import raise_refusal
 from flowstead.rules.user_json import encode_json
 from flowstead.store import codec
 from flowstead.store.port import Scope
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from flowstead.code_source import CodeSource
+    from flowstead.task_context import TaskContext
 
-LAUNCHED_RUNTIME: Final = "task"
 _CONTROLLER: Final = "controller"
 _MAP_CHUNK: Final = 256
-
-
-class TaskContext:
-    """What a task function is told about itself. It sees its input and this, and nothing of its flow's state."""
-
-    def __init__(self, engine: Engine, key: FlowKey, task: StoredTask) -> None:
-        self._engine = engine
-        self._key = key
-        self.flow_id: Final = key.flow_id
-        self.task_id: Final = task.task_id
-        self.run_id: Final = task.run_id
-        self.attempt: Final = task.attempt
-        self.deadline: Final = (
-            None if task.timeout is None else engine.clock.now() + round(task.timeout * 1000)
-        )
-        """When this attempt is stopped, epoch milliseconds; None if never."""
-
-    async def progress(self, summary: str) -> None:
-        """Say how far the work is, durably and for people to read. Cancelling does not take it back.
-
-        Raises:
-            CommitFailed: Certainly not written.
-        """
-        said = arguments.optional_text(summary, "summary")
-        await self._report(ProgressReport(task_id=self.task_id, summary=said))
-
-    async def heartbeat(self) -> None:
-        """Say that the work is alive, durably. Cancelling does not take it back.
-
-        Raises:
-            CommitFailed: Certainly not written.
-        """
-        await self._report(ProgressReport(task_id=self.task_id))
-
-    async def _report(self, report: ProgressReport) -> None:
-        reply = await self._engine.report(self._key, report)
-        if reply.refusal is not None:
-            raise_refusal(reply.refusal)
 
 
 class FlowContext:
@@ -104,7 +65,7 @@ class FlowContext:
     exception pass ends the flow as cancelled.
     """
 
-    def __init__(self, engine: Engine, door: CodeDoor, key: FlowKey, doc: bytes) -> None:
+    def __init__(self, engine: Engine, door: CodeSource, key: FlowKey, doc: bytes) -> None:
         self._engine = engine
         self._door = door
         self._key = key
@@ -412,90 +373,6 @@ class FlowContext:
             value, name=name, max_bytes=limits.state_bytes, max_depth=limits.json_depth
         )
         return encoded
-
-
-class CodeDoor:
-    """Where the engine finds code: registered by name, or handed over in memory for one child."""
-
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-        self._bound: dict[FlowKey, dict[str, Callable[..., Awaitable[Json]]]] = {}
-        self._engine: Engine | None = None
-
-    def attach(self, engine: Engine) -> None:
-        """Tell the engine whose code this is."""
-        self._engine = engine
-
-    def define(self, function: str | Callable[..., Awaitable[Json]]) -> TaskDefinition:
-        """The definition of a registered task, or one made up for a bare function."""
-        if not isinstance(function, str) and not callable(function):
-            raise TypeError(
-                f"run= takes a task function or its name, not {type(function).__name__}."
-            )
-        definition = self.registry.definition_of(function)
-        if definition is not None:
-            return definition
-        assert not isinstance(function, str), "an unknown name has been refused"
-        name = getattr(function, "__name__", type(function).__name__)
-        return TaskDefinition(name=name, function=function)
-
-    def launch(
-        self, definition: TaskDefinition, *, group: str | None = None, limit: int | None = None
-    ) -> Launch:
-        """How a child of this definition is run."""
-        registered = self.registry.tasks.get(definition.name)
-        known = registered is not None and registered.function is definition.function
-        return Launch(
-            function=definition.name if known else None,
-            on_restart=definition.on_restart,
-            retry=definition.retry,
-            group=group,
-            limit=limit,
-        )
-
-    def bind(self, key: FlowKey, draft: TaskDraft, definition: TaskDefinition) -> bool:
-        """Keep a bare function for the child that will run it; answers whether none was kept already.
-
-        Kept by step name, so that a controller run again hands its function to the child of its earlier run.
-        """
-        if draft.launch is None or draft.launch.function is not None:
-            return False
-        functions = self._bound.setdefault(key, {})
-        name = draft.run_id or draft.task_id
-        is_new = name not in functions
-        functions.setdefault(name, definition.function)
-        return is_new
-
-    def bound_of(self, key: FlowKey) -> Container[str]:
-        """Names of the flow's children whose bare functions are kept."""
-        return self._bound.get(key, ())
-
-    def forget(self, key: FlowKey, task: StoredTask | TaskDraft) -> None:
-        """The child has ended."""
-        functions = self._bound.get(key)
-        if functions is not None:
-            functions.pop(task.run_id or task.task_id, None)
-            if not functions:
-                del self._bound[key]
-
-    def code_of(self, key: FlowKey, task: StoredTask) -> Callable[[], Awaitable[Json]] | None:
-        """The child's code with its context and input, ready to run."""
-        assert self._engine is not None and task.launch is not None
-        function = self._bound.get(key, {}).get(task.run_id or task.task_id)
-        if function is None and task.launch.function is not None:
-            definition = self.registry.tasks.get(task.launch.function)
-            function = None if definition is None else definition.function
-        if function is None:
-            return None
-        context = TaskContext(self._engine, key, task)
-        found = function
-        return lambda: found(context, codec.decode_json(task.input_json))
-
-    async def drive(self, key: FlowKey, controller_id: str, doc: bytes) -> None:
-        """Run a flow's controller from the top."""
-        assert self._engine is not None
-        flow = FlowContext(self._engine, self, key, doc)
-        await self.registry.controllers[controller_id](flow)
 
 
 def _result(task: Task) -> Json:

@@ -13,7 +13,8 @@ from flowstead.model.retry import Retry
 from flowstead.model.task import OnRestart
 
 if TYPE_CHECKING:
-    from flowstead.controller import FlowContext, TaskContext
+    from flowstead.controller import FlowContext
+    from flowstead.task_context import TaskContext
 
     TaskFunction: TypeAlias = Callable[[TaskContext, Any], Awaitable[Json]]
     ControllerFunction: TypeAlias = Callable[[FlowContext], Awaitable[object]]

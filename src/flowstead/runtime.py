@@ -15,8 +15,8 @@ from msgspec import UNSET
 
 from flowstead import arguments
 from flowstead.admin import Admin
-from flowstead.controller import CodeDoor
-from flowstead.desk import Office
+from flowstead.code_source import CodeSource
+from flowstead.core import Core
 from flowstead.engine.clock import Clock, Ids, SystemClock, SystemIds
 from flowstead.engine.engine import Engine, Statistics
 from flowstead.errors import RuntimeClosed
@@ -114,8 +114,8 @@ class TaskFlow:
         return self._bind(session_key, origin, missing)
 
     def _bind(self, session_key: object, origin: object, missing: str) -> SessionFlows:
-        office = self._runtime.office
-        limits = office.engine.limits
+        core = self._runtime.core
+        limits = core.engine.limits
         given = arguments.mapping_or_none(origin, "requester_origin")
         encoded = (
             UNSET
@@ -130,7 +130,7 @@ class TaskFlow:
         if isinstance(encoded, Defect):
             raise error_for(Code(encoded.code), encoded.reason)
         owner = arguments.owner_key(session_key, missing)
-        return SessionFlows(office, session_key=owner, requester_origin=encoded)
+        return SessionFlows(core, session_key=owner, requester_origin=encoded)
 
 
 class Runtime:
@@ -146,11 +146,11 @@ class Runtime:
         limits: Limits,
         takeover: bool,
     ) -> None:
-        self._office: Office | None = None
+        self._core: Core | None = None
         self._closing: asyncio.Task[None] | None = None
         self._name = store.name
         self._takeover = takeover
-        self._door = CodeDoor(registry)
+        self._door = CodeSource(registry)
         self._engine = Engine(
             store,
             clock=clock,
@@ -166,30 +166,30 @@ class Runtime:
         self.tasks = Tasks(self.task_flow)
 
     @property
-    def office(self) -> Office:
+    def core(self) -> Core:
         """What the faces share.
 
         Raises:
             RuntimeClosed: The runtime has not been entered, or is closed.
         """
-        if self._office is None:
+        if self._core is None:
             raise RuntimeClosed(
                 f"The runtime on {self._name} is not open yet: use `async with open_runtime(...)`."
             )
-        self._office.enter()
-        return self._office
+        self._core.enter()
+        return self._core
 
     @property
     def admin(self) -> Admin:
         """The operator's face: every owner's flows."""
-        return Admin(self.office)
+        return Admin(self.core)
 
     def statistics(self) -> Statistics:
         """What the runtime is doing, without waiting."""
-        return self.office.engine.statistics()
+        return self.core.engine.statistics()
 
     async def __aenter__(self) -> Runtime:
-        if self._office is not None:
+        if self._core is not None:
             raise RuntimeError("A runtime is opened once. Call open_runtime again for another one.")
         opening = asyncio.create_task(
             self._engine.open(takeover=self._takeover), name="flowstead opening"
@@ -203,7 +203,7 @@ class Runtime:
                 if not opening.cancelled() and opening.exception() is None:
                     await self._engine.aclose()
             raise
-        self._office = Office(self._engine, self._door)
+        self._core = Core(self._engine, self._door)
         return self
 
     async def __aexit__(
@@ -220,17 +220,17 @@ class Runtime:
         Children that are stopped by this have no outcome; the next runtime starts them again. Cancelling the
         caller does not stop the closing.
         """
-        if self._office is None:
+        if self._core is None:
             return
-        self._office.check_loop()
+        self._core.check_loop()
         if self._closing is None:
-            self._office.close(f"The runtime on {self._name} is closed. Open another one.")
+            self._core.close(f"The runtime on {self._name} is closed. Open another one.")
             self._closing = asyncio.create_task(self._engine.aclose(), name="flowstead closing")
         with anyio.CancelScope(shield=True):
             await asyncio.shield(self._closing)
 
     def __del__(self) -> None:
-        if self._office is not None and self._closing is None:
+        if self._core is not None and self._closing is None:
             warnings.warn(
                 f"A runtime on {self._name} was never closed (made at {self._opened_at}). Use"
                 " `async with open_runtime(...)`, or await runtime.aclose().",

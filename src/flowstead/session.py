@@ -11,8 +11,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from flowstead import arguments
-from flowstead.controller import LAUNCHED_RUNTIME
-from flowstead.desk import Desk, Office
+from flowstead.core import Core
 from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Reply
 from flowstead.model.code import NOT_FOUND, Code, Refusal
@@ -47,6 +46,7 @@ from flowstead.model.flow import (
 )
 from flowstead.model.retry import Retry
 from flowstead.model.task import (
+    LAUNCHED_RUNTIME,
     Cancelled,
     Failed,
     Launch,
@@ -62,6 +62,7 @@ from flowstead.model.task import (
 from flowstead.registry import TaskDefinition
 from flowstead.results import Applied, Created, Refused, Rejected, error_for, raise_refusal
 from flowstead.rules.user_json import encode_json
+from flowstead.scoped import ScopedFlows
 from flowstead.store import codec
 from flowstead.store.port import Scope
 
@@ -87,7 +88,7 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float | None = None
 
 
-class SessionFlows(Desk):
+class SessionFlows(ScopedFlows):
     """The flows of one session. No method takes an owner: other owners' flows cannot be found from here.
 
     Mutations answer `Applied` or `Rejected` and are durable before they do. Cancelling a call while it waits
@@ -95,9 +96,9 @@ class SessionFlows(Desk):
     """
 
     def __init__(
-        self, office: Office, *, session_key: str, requester_origin: Encoded | UnsetType
+        self, core: Core, *, session_key: str, requester_origin: Encoded | UnsetType
     ) -> None:
-        super().__init__(office, Scope(session_key), session_key)
+        super().__init__(core, Scope(session_key), session_key)
         self._session_key = session_key
         self._origin = requester_origin
 
@@ -149,7 +150,7 @@ class SessionFlows(Desk):
             CommitFailed: Certainly not written.
             ValueError, TypeError: An argument makes no sense.
         """
-        engine = self._office.enter()
+        engine = self._core.enter()
         now = engine.clock.now()
         controller = arguments.text(
             controller_id, "controller_id", missing="Managed flow controllerId is required."
@@ -180,7 +181,7 @@ class SessionFlows(Desk):
         return await self._create_once(draft, given)
 
     async def _create(self, draft: StoredFlow, *, is_new: bool) -> Flow:
-        engine = self._office.engine
+        engine = self._core.engine
         key = FlowKey(draft.owner_key, draft.flow_id)
         reply = await engine.ask(key, Create(draft=draft), self._actor, is_new=is_new)
         if reply.refusal is not None:
@@ -189,7 +190,7 @@ class SessionFlows(Desk):
 
     async def _create_once(self, draft: StoredFlow, given_id: str | None) -> Flow:
         """Create under an idempotency key: one caller at a time for each key, the first one's flow for all."""
-        engine, creating = self._office.engine, self._office.creating
+        engine, creating = self._core.engine, self._core.creating
         assert draft.idempotency_key is not None
         named = (draft.owner_key, draft.idempotency_key)
         draft = msgspec.structs.replace(draft, request_digest=_digest(draft, given_id))
@@ -322,7 +323,7 @@ class SessionFlows(Desk):
         return await self._mutate(flow_id, command)
 
     async def _mutate(self, flow_id: str, command: Command) -> Applied | Rejected:
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         if wanted is None:
             return Rejected(NOT_FOUND.code, None, NOT_FOUND.reason)
         reply = await engine.ask(FlowKey(self._session_key, wanted), command, self._actor)
@@ -374,7 +375,7 @@ class SessionFlows(Desk):
         Raises:
             ValueError, TypeError: An argument makes no sense, or `run` names no registered task.
         """
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         begun = arguments.choice(status, TaskStatus, "status", _LINKABLE)
         way = self._way(run, runtime, begun, timeout, retry)
         draft = TaskDraft(
@@ -415,7 +416,7 @@ class SessionFlows(Desk):
             return _Way(runtime=who)
         if begun is not TaskStatus.QUEUED:
             raise ValueError("A child launched with run= starts as queued; leave status out.")
-        door = self._office.door
+        door = self._core.door
         definition = door.define(run)
         launch = door.launch(definition)
         launch = msgspec.structs.replace(
@@ -433,7 +434,7 @@ class SessionFlows(Desk):
     async def _add_task(
         self, key: FlowKey, draft: TaskDraft, definition: TaskDefinition | None
     ) -> Created | Refused:
-        engine, door = self._office.engine, self._office.door
+        engine, door = self._core.engine, self._core.door
         is_bound = definition is not None and door.bind(key, draft, definition)
         reply = await engine.ask(key, AddTasks(drafts=(draft,)), self._actor)
         if reply.refusal is not None:
@@ -449,7 +450,7 @@ class SessionFlows(Desk):
         if found is None or found.task_id != draft.task_id:
             reason = f"Flow already has a task with run id {draft.run_id!r}."
             return Refused(Code.DUPLICATE, reason, True, _present(reply), found)
-        self._office.homes.remember(found.task_id, key)
+        self._core.homes.remember(found.task_id, key)
         return Created(_present(reply), found)
 
     async def start_task(self, task_id: str) -> Task | None:
@@ -508,10 +509,10 @@ class SessionFlows(Desk):
         return await self._report(task_id, lambda found: EndReport(task_id=found, outcome=outcome))
 
     async def _report(self, task_id: str, command: Callable[[str], Command]) -> Task | None:
-        engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
+        engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
         if wanted is None:
             return None
-        key = self._office.homes.find(wanted, self._scope)
+        key = self._core.homes.find(wanted, self._scope)
         if key is None:
             found = await engine.store.find_task(self._scope, wanted)
             if found is None:
@@ -538,7 +539,7 @@ class SessionFlows(Desk):
     def _encode(self, value: Json | UnsetType, name: str) -> Encoded | UnsetType:
         if value is UNSET:
             return UNSET
-        limits = self._office.engine.limits
+        limits = self._core.engine.limits
         encoded = encode_json(
             value, name=name, max_bytes=limits.state_bytes, max_depth=limits.json_depth
         )
@@ -550,7 +551,7 @@ class SessionFlows(Desk):
         return UNSET if value is UNSET else self._encoded_or_null(value)
 
     def _encoded_or_null(self, value: Json) -> Encoded:
-        limits = self._office.engine.limits
+        limits = self._core.engine.limits
         return encode_json(
             value, name="wait_json", max_bytes=limits.wait_bytes, max_depth=limits.json_depth
         )

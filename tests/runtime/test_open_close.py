@@ -165,7 +165,7 @@ async def test_a_runtime_that_was_never_closed_is_named_with_the_line_that_made_
     runtime = open_runtime(db)
     line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
     await runtime.__aenter__()
-    engine = runtime.office.engine
+    engine = runtime.core.engine
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

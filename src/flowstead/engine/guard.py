@@ -54,7 +54,6 @@ async def run_guarded(
     Raises:
         asyncio.CancelledError: The runtime is shutting down, so there is no outcome.
     """
-    is_released = False
     try:
         with child.scope:
             value = await code()
@@ -63,12 +62,11 @@ async def run_guarded(
             if child.reason is not StopReason.TIMED_OUT:
                 return _succeeded(encode_result, value)
     except BaseException as error:
-        is_released = child.reason is None and is_shutdown() and _was_stopped(child, error)
-        if not is_released:
+        if not (child.reason is None and is_shutdown() and _was_stopped(child, error)):
             if isinstance(error, asyncio.CancelledError):
                 await absorb_own_cancel()
             return _failed(error, child.reason), UNSET
-    if is_released or (child.reason is None and is_shutdown()):
+    if child.reason is None and is_shutdown():
         # Whatever it did while the runtime was stopping it is no outcome.
         raise asyncio.CancelledError
     return stopped(child.reason), UNSET

@@ -24,6 +24,9 @@ class TaskStatus(StrEnum):
     LOST = "lost"
 
 
+LAUNCHED_RUNTIME: Final = "task"
+"""The `runtime` of children this runtime runs itself, unless their caller gives another word."""
+
 ACTIVE_TASK_STATUSES: Final = frozenset({TaskStatus.QUEUED, TaskStatus.RUNNING})
 FAILED_TASK_STATUSES: Final = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.LOST})
 

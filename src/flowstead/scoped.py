@@ -1,20 +1,18 @@
-"""The desk: what every face of a runtime shares. It finds flows and children in a scope, and awaits ends.
+"""Flows within one scope: reads, waits for ends, and cancels, the same for an owner and for an operator.
 
 The scope is part of every query, so a face bound to one owner cannot find anything else; the operator's face
-is the same desk with everybody in scope.
+is the same code with everybody in scope.
 """
 
 from __future__ import annotations
 
 import asyncio
 import builtins
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Final
 
-from flowstead import arguments, errors
-from flowstead.controller import CodeDoor
+from flowstead import arguments
+from flowstead.core import Core
 from flowstead.engine.engine import Engine
 from flowstead.engine.feed import Watcher
 from flowstead.engine.mailbox import Reply
@@ -35,76 +33,14 @@ from flowstead.results import CancelReport, TaskCancelReport, error_for
 from flowstead.store import codec
 from flowstead.store.port import FlowQuery, Scope
 
-_REMEMBERED_TASKS: Final = 16_384
 _SHORTEST_PREFIX: Final = 4
 
 
-class TaskHomes:
-    """Which flow a child belongs to, for the children asked about lately. A child never moves."""
-
-    def __init__(self) -> None:
-        self._homes: OrderedDict[str, FlowKey] = OrderedDict()
-
-    def remember(self, task_id: str, key: FlowKey) -> None:
-        """Keep a child's flow; the oldest is forgotten beyond a bound."""
-        self._homes[task_id] = key
-        if len(self._homes) > _REMEMBERED_TASKS:
-            self._homes.popitem(last=False)
-
-    def find(self, task_id: str, scope: Scope) -> FlowKey | None:
-        """The child's flow, if it is remembered and in scope."""
-        key = self._homes.get(task_id)
-        return key if key is not None and scope.owner_key in (None, key.owner_key) else None
-
-
-class Office:
-    """One open runtime, as its faces see it."""
-
-    def __init__(self, engine: Engine, door: CodeDoor) -> None:
-        self.engine = engine
-        self.door = door
-        self.homes = TaskHomes()
-        self.creating: dict[tuple[str, str], asyncio.Future[Reply]] = {}
-        """Creates under way, by owner and idempotency key."""
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._closed: str | None = None
-
-    def close(self, reason: str) -> None:
-        """Refuse every further call with this sentence."""
-        self._closed = reason
-
-    def enter(self) -> Engine:
-        """The engine, for a call made in the right place and at the right time.
-
-        Raises:
-            RuntimeClosed: The runtime is closed.
-            RuntimeError: The call comes from another event loop.
-        """
-        if self._closed is not None:
-            raise errors.RuntimeClosed(self._closed)
-        self.check_loop()
-        return self.engine
-
-    def check_loop(self) -> None:
-        """Refuse calls from another event loop.
-
-        Raises:
-            RuntimeError: The call comes from another event loop.
-        """
-        # Asked for every call, so not of asyncio, which would ask the kernel for our process id each time.
-        if threading.get_ident() != self._thread or not self._loop.is_running():
-            raise RuntimeError(
-                "This runtime belongs to another event loop. Open one in this loop, or send the call"
-                " there with asyncio.run_coroutine_threadsafe."
-            )
-
-
-class Desk:
+class ScopedFlows:
     """Reads, waits and cancels within one scope."""
 
-    def __init__(self, office: Office, scope: Scope, actor: str) -> None:
-        self._office = office
+    def __init__(self, core: Core, scope: Scope, actor: str) -> None:
+        self._core = core
         self._scope = scope
         self._actor = actor
 
@@ -112,7 +48,7 @@ class Desk:
 
     async def get(self, flow_id: str) -> Flow | None:
         """The flow as committed, or None: no such flow, or another owner's."""
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         if wanted is None:
             return None
         if self._scope.owner_key is not None:
@@ -142,7 +78,7 @@ class Desk:
         Raises:
             ValueError: A status that does not exist, or `after` names no flow.
         """
-        engine = self._office.enter()
+        engine = self._core.enter()
         statuses = arguments.choices(status, FlowStatus, "status")
         if status is not None and not statuses:
             return []
@@ -177,18 +113,18 @@ class Desk:
             return flow
         if len(wanted) < _SHORTEST_PREFIX:
             return None
-        store = self._office.enter().store
+        store = self._core.enter().store
         found = await store.list_flows(self._scope, FlowQuery(id_prefix=wanted), 2)
         return found[0] if len(found) == 1 else None
 
     async def get_task_summary(self, flow_id: str) -> TaskSummary | None:
         """Counts of the flow's children, from an index."""
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         return None if wanted is None else await engine.store.summarize(self._scope, wanted)
 
     async def get_task(self, task_id: str) -> Task | None:
         """The child as committed, or None."""
-        engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
+        engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
         found = None if wanted is None else await engine.store.find_task(self._scope, wanted)
         return None if found is None else found[1]
 
@@ -196,7 +132,7 @@ class Desk:
         self, flow_id: str, *, status: str | Iterable[str] | None = None
     ) -> builtins.list[Task]:
         """The flow's children, oldest first; empty for a flow that is not there."""
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         statuses = arguments.choices(status, TaskStatus, "status")
         if wanted is None or (status is not None and not statuses):
             return []
@@ -206,7 +142,7 @@ class Desk:
         self, flow_id: str, *, after_seq: int = 0, limit: int = 1000
     ) -> builtins.list[Event]:
         """What happened to the flow, in order, from `seq` 1; empty for a flow that is not there."""
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         after = arguments.optional_sequence_number(after_seq, "after_seq") or 0
         most = arguments.count(limit, "limit")
         if wanted is None:
@@ -233,7 +169,7 @@ class Desk:
         Raises:
             FlowNotFound: On entering: no such flow.
         """
-        engine = self._office.enter()
+        engine = self._core.enter()
         if flow_id is None:
             if after_seq is not None:
                 raise ValueError("after_seq counts inside one flow; use after_position for all.")
@@ -253,7 +189,7 @@ class Desk:
             FlowNotFound: No such flow.
             RuntimeClosed: The runtime was closed first; the flow goes on with the next one.
         """
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         key = None if wanted is None else await self._find(wanted)
         if key is None:
             raise error_for(Code.NOT_FOUND, "Flow not found.")
@@ -273,7 +209,7 @@ class Desk:
             FlowNotFound: No such child.
             RuntimeClosed: The runtime was closed first.
         """
-        engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
+        engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
         if wanted is None:
             raise error_for(Code.NOT_FOUND, TASK_NOT_FOUND.reason)
         end = engine.task_ends.register(wanted)
@@ -298,7 +234,7 @@ class Desk:
         answered only when no code of the flow runs any more; otherwise `code="cancel_pending"`, and the flow
         ends when its code does. Cancelling the caller does not take the intent back.
         """
-        engine, wanted = self._office.enter(), arguments.lookup(flow_id, "flow_id")
+        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         expected = arguments.optional_revision(expected_revision)
         patience = arguments.duration(grace, "grace")
         key = None if wanted is None else await self._find(wanted)
@@ -329,7 +265,7 @@ class Desk:
         )
 
     async def _cancel_report(self, key: FlowKey) -> CancelReport:
-        flow = await self._office.engine.store.find_flow(Scope(key.owner_key), key.flow_id)
+        flow = await self._core.engine.store.find_flow(Scope(key.owner_key), key.flow_id)
         assert flow is not None
         if not has_ended(flow):
             return CancelReport(
@@ -352,7 +288,7 @@ class Desk:
 
     async def cancel_task(self, task_id: str, *, grace: float = 5.0) -> TaskCancelReport:
         """Stop one child and wait up to `grace` seconds for its end. The flow goes on without it."""
-        engine, wanted = self._office.enter(), arguments.lookup(task_id, "task_id")
+        engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
         patience = arguments.duration(grace, "grace")
         missing = TaskCancelReport(found=False, cancelled=False, reason=TASK_NOT_FOUND.reason)
         found = None if wanted is None else await engine.store.find_task(self._scope, wanted)
@@ -390,13 +326,13 @@ class Desk:
         """The key of a flow in scope."""
         if self._scope.owner_key is not None:
             key = FlowKey(self._scope.owner_key, flow_id)
-            if self._office.engine.doc_of(key) is not None:
+            if self._core.engine.doc_of(key) is not None:
                 return key
-        flow = await self._office.engine.store.find_flow(self._scope, flow_id)
+        flow = await self._core.engine.store.find_flow(self._scope, flow_id)
         return None if flow is None else FlowKey(flow.owner_key, flow.flow_id)
 
     async def _newest(self, query: FlowQuery) -> Flow | None:
-        store = self._office.enter().store
+        store = self._core.enter().store
         live = FlowQuery(correlation_id=query.correlation_id, live=True)
         for asked in (live, query):
             if found := await store.list_flows(self._scope, asked, 1):
@@ -405,7 +341,7 @@ class Desk:
 
     async def _cursor(self, after: str) -> int:
         wanted = arguments.lookup(after, "after")
-        store = self._office.engine.store
+        store = self._core.engine.store
         key = None if wanted is None else await store.key_of(self._scope, wanted)
         if key is None:
             raise ValueError(f"after={after!r:.80} names no flow; pass the last flow_id of a page.")
@@ -414,7 +350,7 @@ class Desk:
     async def _tasks_of(
         self, key: FlowKey, statuses: Iterable[str] | None = None
     ) -> builtins.list[Task]:
-        store = self._office.engine.store
+        store = self._core.engine.store
         return await store.list_tasks(
             Scope(key.owner_key), key.flow_id, statuses=tuple(statuses or ())
         )
