@@ -13,7 +13,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PY) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "flowstead needs Python 3.11 or newer, found %d.%d; try: make PY=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PY) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	@$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	@UV_SYSTEM_CERTS=1 $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[dev]" \
+	  || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
 dev: $(VENV)/.ready   ## set up .venv with everything

@@ -178,11 +178,11 @@ async def new_flow(flows: SessionFlows, controller_id: str = "nobody", **given: 
 
 def memory_of(runtime: Runtime) -> dict[str, int]:
     """How much a runtime still holds on to, by kind; all zero when nothing goes on."""
-    engine, door = runtime._engine, runtime._door
+    engine, door = runtime._engine, runtime._code
     return {
         "flow ends awaited": len(engine.flow_ends._waiting),
         "task ends awaited": len(engine.task_ends._waiting),
-        "functions": len(door._bound),
+        "functions": len(door.functions._bound),
         "crews": len(engine.supervisor._crews),
         "children": len(engine.supervisor._children),
         "watchers": len(engine.feed._of_flow) + len(engine.feed._of_owner),

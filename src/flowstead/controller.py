@@ -19,6 +19,7 @@ from msgspec import UNSET, UnsetType
 
 from flowstead import arguments, errors
 from flowstead.engine.engine import Engine
+from flowstead.functions import Functions
 from flowstead.model.code import Code
 from flowstead.model.command import (
     AddTasks,
@@ -50,7 +51,6 @@ from flowstead.store import codec
 from flowstead.store.port import Scope
 
 if TYPE_CHECKING:
-    from flowstead.code_source import CodeSource
     from flowstead.task_context import TaskContext
 
 _CONTROLLER: Final = "controller"
@@ -65,9 +65,9 @@ class FlowContext:
     exception pass ends the flow as cancelled.
     """
 
-    def __init__(self, engine: Engine, door: CodeSource, key: FlowKey, doc: bytes) -> None:
+    def __init__(self, engine: Engine, functions: Functions, key: FlowKey, doc: bytes) -> None:
         self._engine = engine
-        self._door = door
+        self._functions = functions
         self._key = key
         self._know(doc)
         self._named: Counter[str] = Counter()
@@ -262,7 +262,7 @@ class FlowContext:
         timeout: float | None = None,
         retry: Retry | None = None,
     ) -> TaskDefinition:
-        definition = self._door.define(function)
+        definition = self._functions.define(function)
         if timeout is not None:
             given = arguments.seconds(timeout, "timeout")
             definition = msgspec.structs.replace(definition, timeout=given)
@@ -290,7 +290,9 @@ class FlowContext:
         if isinstance(encoded, msgspec.Struct):
             error = errors.StateTooLarge if encoded.code == "state_too_large" else None
             raise (error or errors.InvalidState)(encoded.reason)
-        launch = self._door.launch(definition, group=None if limit is None else group, limit=limit)
+        launch = self._functions.launch(
+            definition, group=None if limit is None else group, limit=limit
+        )
         return TaskDraft(
             key=self._engine.store.next_key(),
             task_id=self._engine.ids.task_id(),
@@ -318,7 +320,7 @@ class FlowContext:
         """Add the children; answer for each the future of its end, or its id if it ended long ago."""
         engine = self._engine
         waiting = {draft.task_id: engine.task_ends.register(draft.task_id) for draft in drafts}
-        bound = [draft for draft in drafts if self._door.bind(self._key, draft, definition)]
+        bound = [draft for draft in drafts if self._functions.bind(self._key, draft, definition)]
         reply = await engine.ask_patiently(self._key, AddTasks(drafts=tuple(drafts)), _CONTROLLER)
         if reply.refusal is not None:
             self._forget(waiting, bound)
@@ -350,7 +352,7 @@ class FlowContext:
         for future in waiting.values():
             future.cancel()
         for draft in bound:
-            self._door.forget(self._key, draft)
+            self._functions.forget(self._key, draft)
 
     async def _recorded(self, task_ids: list[str]) -> dict[str, Task]:
         if not task_ids:

@@ -8,9 +8,9 @@ from collections import OrderedDict
 from typing import Final
 
 from flowstead import errors
-from flowstead.code_source import CodeSource
 from flowstead.engine.engine import Engine
 from flowstead.engine.mailbox import Reply
+from flowstead.functions import Functions
 from flowstead.model.flow import FlowKey
 from flowstead.store.port import Scope
 
@@ -38,9 +38,9 @@ class TaskHomes:
 class Core:
     """One open runtime, as its faces see it."""
 
-    def __init__(self, engine: Engine, door: CodeSource) -> None:
+    def __init__(self, engine: Engine, functions: Functions) -> None:
         self.engine = engine
-        self.door = door
+        self.functions = functions
         self.homes = TaskHomes()
         self.creating: dict[tuple[str, str], asyncio.Future[Reply]] = {}
         """Creates under way, by owner and idempotency key."""

@@ -150,17 +150,17 @@ class Runtime:
         self._closing: asyncio.Task[None] | None = None
         self._name = store.name
         self._takeover = takeover
-        self._door = CodeSource(registry)
+        self._code = CodeSource(registry)
         self._engine = Engine(
             store,
             clock=clock,
             ids=ids,
             limits=limits,
-            door=self._door,
+            door=self._code,
             controllers=registry.controllers,
             functions=registry.tasks,
         )
-        self._door.attach(self._engine)
+        self._code.attach(self._engine)
         self._opened_at = _caller()
         self.task_flow = TaskFlow(self)
         self.tasks = Tasks(self.task_flow)
@@ -203,7 +203,7 @@ class Runtime:
                 if not opening.cancelled() and opening.exception() is None:
                     await self._engine.aclose()
             raise
-        self._core = Core(self._engine, self._door)
+        self._core = Core(self._engine, self._code.functions)
         return self
 
     async def __aexit__(

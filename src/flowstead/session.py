@@ -416,9 +416,9 @@ class SessionFlows(ScopedFlows):
             return _Way(runtime=who)
         if begun is not TaskStatus.QUEUED:
             raise ValueError("A child launched with run= starts as queued; leave status out.")
-        door = self._core.door
-        definition = door.define(run)
-        launch = door.launch(definition)
+        functions = self._core.functions
+        definition = functions.define(run)
+        launch = functions.launch(definition)
         launch = msgspec.structs.replace(
             launch,
             retry=policy or launch.retry,
@@ -434,18 +434,18 @@ class SessionFlows(ScopedFlows):
     async def _add_task(
         self, key: FlowKey, draft: TaskDraft, definition: TaskDefinition | None
     ) -> Created | Refused:
-        engine, door = self._core.engine, self._core.door
-        is_bound = definition is not None and door.bind(key, draft, definition)
+        engine, functions = self._core.engine, self._core.functions
+        is_bound = definition is not None and functions.bind(key, draft, definition)
         reply = await engine.ask(key, AddTasks(drafts=(draft,)), self._actor)
         if reply.refusal is not None:
             if is_bound:
-                door.forget(key, draft)
+                functions.forget(key, draft)
             return _refused(reply.refusal, _flow_in(reply))
         [child] = reply.children
         found = codec.expose_task(child) if isinstance(child, StoredTask) else None
         if found is None:
             # It ended long ago, so nothing will run under its name any more.
-            door.forget(key, draft)
+            functions.forget(key, draft)
             found = await self.get_task(str(child))
         if found is None or found.task_id != draft.task_id:
             reason = f"Flow already has a task with run id {draft.run_id!r}."

@@ -564,7 +564,7 @@ async def test_a_child_whose_row_could_not_be_written_never_starts():
         assert (refused.created, refused.code) == (False, "persist_failed")
         assert ran == []
         assert await flows.list_tasks(flow_id) == []
-        assert runtime._door._bound == {}
+        assert runtime._code.functions._bound == {}
 
 
 async def test_a_controller_starts_only_once_its_flow_is_durable():
