@@ -49,7 +49,7 @@ def open_runtime(
     registry are set in motion beside.
 
     Args:
-        store: A path, `sqlite:///path`, `:memory:`, or a `Store`.
+        store: A path, `:memory:`, a `Store`, or a URL: `sqlite:///relative/path`, `sqlite:////absolute/path`.
         registry: The tasks and controllers this process can run. Without one flows are only kept.
         durability: `full` survives a power cut; `normal` survives the death of the process, is quicker, and
             may lose the newest mutations in a power cut.

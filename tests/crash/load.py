@@ -54,7 +54,7 @@ class EarlyStore(SqliteStore):
 
     async def commit(self, writes: Any) -> int:
         if self._promised is None:
-            self._promised = self._ownership.last_position
+            self._promised = await self.last_position()
             self._writing = asyncio.create_task(self._write())
         first = self._promised + 1
         self._promised += sum(len(write.events) for write in writes)
