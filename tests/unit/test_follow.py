@@ -74,7 +74,7 @@ def test_requesting_cancel_ends_queued_children_and_lets_running_ones_go_on() ->
     assert sorted(view.children.active) == ["linked", "running"]
     assert {task.status for task in turn.tasks.values()} == {TaskStatus.CANCELLED}
     assert len(turn.tasks) == 4
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
     assert view.flow is not None
     assert view.flow.status is FlowStatus.RUNNING
     assert view.flow.revision == 8
@@ -212,11 +212,11 @@ def test_a_controller_past_the_grace_is_stopped_and_then_the_flow_ends() -> None
     view = a_view(a_flow(), driven=True, limits=LIMITS)
     turn = a_turn(view)
     turn.take(c.RequestCancel(expected_revision=7), "owner")
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
 
     view.now += GRACE_MS
     turn.take(c.Tick(), "runtime")
-    effects = turn.effects()
+    effects = list(turn.effects())
     view.driven = False
     turn.take(c.ControllerStopped(), "runtime")
 
@@ -230,7 +230,7 @@ def test_cancel_waits_for_running_code_and_for_the_controller() -> None:
     turn = a_turn(view)
 
     turn.take(c.Cancel(), "owner")
-    assert turn.effects() == [StopTask("a", StopReason.CANCELLED), StopController()]
+    assert list(turn.effects()) == [StopTask("a", StopReason.CANCELLED), StopController()]
     view.driven = False
     turn.take(c.ControllerStopped(), "runtime")
     assert view.flow is not None
@@ -354,7 +354,7 @@ def test_an_end_takes_launched_children_along_and_leaves_linked_ones(end: str) -
 
     turn.take(command, "owner")
 
-    assert turn.effects() == [StopTask("runs", StopReason.FLOW_ENDED)]
+    assert list(turn.effects()) == [StopTask("runs", StopReason.FLOW_ENDED)]
     assert sorted(turn.tasks) == ["cut off", "pending", "queued"]
     assert {task.status for task in turn.tasks.values()} == {TaskStatus.CANCELLED}
     assert sorted(view.children.active) == ["linked", "linked, queued", "runs"]
@@ -372,7 +372,7 @@ def test_an_end_from_outside_stops_the_controller_and_one_of_its_own_does_not(
         kind(expected_revision=7, patch=NOTHING_TO_PATCH, by_controller=by_controller), "someone"
     )
 
-    assert turn.effects() == ([] if by_controller else [StopController()])
+    assert list(turn.effects()) == ([] if by_controller else [StopController()])
 
 
 def test_linked_children_of_an_ended_flow_still_report_their_end() -> None:
@@ -398,7 +398,7 @@ def test_nothing_starts_in_a_flow_that_has_ended(status: FlowStatus) -> None:
 
     turn.take(c.Tick(), "runtime")
 
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
     assert not turn.tasks
 
 
@@ -415,7 +415,7 @@ def test_a_start_overtaken_in_its_own_turn_is_dropped() -> None:
         assert started(turn) == ["new"]
         turn.take(command, "owner")
 
-        assert turn.effects() == []
+        assert list(turn.effects()) == []
         assert not view.children.active
         assert turn.tasks["new"].status is TaskStatus.CANCELLED
         assert turn.created == {"new"}
@@ -502,7 +502,7 @@ def test_children_released_by_shutdown_go_back_to_the_queue_and_make_room_for_no
 
     assert view.children.active["stopped"].status is TaskStatus.QUEUED
     assert view.children.active["stopped"].attempt == 2
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
     assert [event.type for event in turn.events] == [EventType.TASK_RELEASED]
     assert view.children.active["q0"].status is TaskStatus.QUEUED
     assert view.children.active["q0"].attempt == 0
@@ -525,7 +525,7 @@ def test_while_closing_an_end_is_recorded_and_nobody_takes_the_room(outcome: Any
     turn.take(c.AddTasks(drafts=(a_draft("new", launch=launch_of()),)), "owner")
     turn.take(c.Tick(), "runtime")
 
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
     assert turn.tasks["a"].ended_at == NOW
     assert {task.attempt for task in view.children.active.values()} == {0}
 

@@ -595,7 +595,7 @@ def test_a_controller_is_not_started_for_a_flow_that_ended_in_the_same_turn() ->
     turn.take(COMMANDS["resume"](7), "owner")
     turn.take(COMMANDS["finish"](8), "owner")
 
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
 
 
 # ---- children and the standing of their flow ------------------------------------------------------

@@ -242,7 +242,7 @@ def test_recovery_enters_the_controller_of_a_flow_that_was_on_its_way(
 
     on_its_way = status in {FlowStatus.QUEUED, FlowStatus.RUNNING}
     enters = on_its_way and registered and not driven
-    assert turn.effects() == ([StartController("triage")] if enters else [])
+    assert list(turn.effects()) == ([StartController("triage")] if enters else [])
 
 
 def test_recovering_a_flow_that_is_not_there_is_refused() -> None:
@@ -263,7 +263,7 @@ def test_a_cancel_cut_off_by_a_crash_is_concluded_on_loading() -> None:
     assert view.flow is not None
     assert view.flow.status is FlowStatus.CANCELLED
     assert {task.status for task in turn.tasks.values()} == {TaskStatus.CANCELLED}
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
 
 
 def test_what_was_queued_starts_again_within_its_limit() -> None:
@@ -327,7 +327,7 @@ def test_a_retry_that_falls_due_where_its_function_is_not_registered_is_kept_for
     turn.take(c.Recover(), "runtime")
     turn.take(c.Tick(), "runtime")
 
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
     assert view.children.active["t"] == pending
 
 

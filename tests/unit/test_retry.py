@@ -216,7 +216,7 @@ def test_a_failed_attempt_goes_back_to_the_queue_with_its_failure_and_the_next_i
     assert task.failure == WHY
     assert task.ended_at is None
     assert [event.type for event in turn.events] == [EventType.TASK_RETRY_SCHEDULED]
-    assert turn.effects() == []
+    assert list(turn.effects()) == []
 
 
 def test_a_child_ends_with_its_last_failure_after_its_last_attempt() -> None:

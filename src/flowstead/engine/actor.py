@@ -12,7 +12,7 @@ from the stored snapshot. When it is idle for a while the engine lets go of it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -72,7 +72,7 @@ class RunningCode(Protocol):
         """Whether the flow's controller runs here."""
         ...
 
-    def carry_out(self, key: FlowKey, effects: list[Effect]) -> None:
+    def carry_out(self, key: FlowKey, effects: Sequence[Effect]) -> None:
         """Start and stop what has become due by a commit."""
         ...
 
@@ -106,7 +106,7 @@ class Draft(msgspec.Struct, frozen=True, gc=False):
     rows: tuple[TaskRow, ...]
     events: tuple[EventRow, ...]
     answers: tuple[tuple[Envelope, Reply], ...]
-    effects: list[Effect]
+    effects: tuple[Effect, ...]
 
 
 class Actor:
@@ -342,7 +342,7 @@ class Actor:
         if has_ended(snapshot.flow):
             self._around.flow_ends.settle(self.key, snapshot.doc)
 
-    def _settle(self, answers: list[tuple[Envelope, Reply]], effects: list[Effect]) -> None:
+    def _settle(self, answers: list[tuple[Envelope, Reply]], effects: Sequence[Effect]) -> None:
         for envelope, reply in answers:
             envelope.answer(reply)
         if effects:

@@ -172,6 +172,10 @@ class Engine:
     def _actor(self, key: FlowKey, is_new: bool) -> Actor:
         actor = self._actors.get(key)
         if actor is None:
+            if len(self._actors) >= self.limits.idle_flows:
+                # Two go for one that comes, so that a bound passed in a rush is reached again.
+                self._let_go_oldest()
+                self._let_go_oldest()
             actor = self._actors[key] = Actor(key, self._around, is_new=is_new)
             actor.asked_at = self.clock.now()
         else:
@@ -195,19 +199,25 @@ class Engine:
         self._sweep = None
         stale = self.clock.now() - round(self.limits.idle_seconds * 1000)
         for _ in range(min(len(self._actors), _LET_GO_AT_ONCE)):
-            key, actor = next(iter(self._actors.items()))
-            if actor.asked_at > stale:
+            if next(iter(self._actors.values())).asked_at > stale:
                 break
-            if actor.is_idle and not self.supervisor.has_code(key):
-                del self._actors[key]
-            else:
-                actor.asked_at = self.clock.now()
-                self._actors.move_to_end(key)
+            self._let_go_oldest()
         if not self._actors or self._is_closed:
             return
         oldest = next(iter(self._actors.values()))
         wait = max(0.01, (oldest.asked_at - stale) / 1000)
         self._sweep = self.clock.call_later(wait, self._let_go)
+
+    def _let_go_oldest(self) -> None:
+        """Forget the flow asked for longest ago, unless something of it is under way."""
+        if not self._actors:
+            return
+        key, actor = next(iter(self._actors.items()))
+        if actor.is_idle and not self.supervisor.has_code(key):
+            del self._actors[key]
+        else:
+            actor.asked_at = self.clock.now()
+            self._actors.move_to_end(key)
 
     def _look_again(self, key: FlowKey) -> None:
         """A flow whose last draft was dropped: see what its snapshot says is due."""

@@ -13,7 +13,7 @@ so that it can be put back in the queue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Coroutine
+from collections.abc import Awaitable, Callable, Container, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -189,7 +189,7 @@ class Supervisor:
 
     # ---- effects ----------------------------------------------------------------------------------
 
-    def carry_out(self, key: FlowKey, effects: list[Effect]) -> None:
+    def carry_out(self, key: FlowKey, effects: Sequence[Effect]) -> None:
         """Start and stop what a commit has made due."""
         for effect in effects:
             match effect:

@@ -21,6 +21,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         cancel_grace: How long a requested cancel may stay without an end before the runtime ends the flow.
         shutdown_grace: How long closing waits for children to stop.
         idle_seconds: How long an idle flow stays in memory.
+        idle_flows: Most flows that stay in memory; beyond it those idle longest go at once.
         watcher_events: Most undelivered events kept for one watcher; beyond it the watcher reads the history.
     """
 
@@ -36,6 +37,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     cancel_grace: float = 60.0
     shutdown_grace: float = 5.0
     idle_seconds: float = 5.0
+    idle_flows: int = 12_288
     watcher_events: int = 1024
 
     def __post_init__(self) -> None:

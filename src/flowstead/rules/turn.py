@@ -61,17 +61,17 @@ class Turn:
         active = self.view.children.active
         return tuple([self.tasks.get(i) or active.get(i) or i for i in decision.answered])
 
-    def effects(self) -> list[Effect]:
+    def effects(self) -> tuple[Effect, ...]:
         """What to carry out after the commit, without what the turn itself has overtaken."""
         flow = self.view.flow
         if not self._effects:
-            return []
-        return [
+            return ()
+        return tuple(
             effect
             for effect in self._effects
             if not (isinstance(effect, StartTask) and not self._still_starts(effect.task))
             and not (isinstance(effect, StartController) and flow is not None and has_ended(flow))
-        ]
+        )
 
     def _still_starts(self, task: StoredTask) -> bool:
         now = self.view.children.active.get(task.task_id)
