@@ -11,25 +11,29 @@ flow with a cancel intent has lost its last child) is `follow`'s affair, so that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from msgspec import UNSET
 
 from flowstead.model import command as c
 from flowstead.model.code import (
-    CANCEL_REQUESTED,
-    NO_CHILDREN_ACCEPTED,
     NOT_FOUND,
     NOT_MANAGED,
-    TASK_NOT_FOUND,
     Code,
     Refusal,
 )
-from flowstead.model.effect import StartController, StartTask, StopController, StopReason, StopTask
+from flowstead.model.effect import StartController, StopController
 from flowstead.model.event import EventType
 from flowstead.model.flow import FlowStatus, StoredFlow, SyncMode, has_ended
-from flowstead.model.task import Cancelled, StoredTask, TaskStatus
-from flowstead.rules import endings, lifecycle
+from flowstead.rules import decide_tasks as tasks
+from flowstead.rules import lifecycle
+from flowstead.rules.decide_tasks import (
+    Answer,
+    defect_refusal,
+    end_cancelled,
+    has_begun,
+    stop_children,
+)
 from flowstead.rules.lifecycle import Operation
 from flowstead.rules.recovery import recover
 from flowstead.rules.view import (
@@ -40,8 +44,6 @@ from flowstead.rules.view import (
     all_fields,
     change_flow,
 )
-
-Answer: TypeAlias = Decision | Refusal
 
 
 def decide(view: View, command: c.Command) -> Answer:
@@ -75,7 +77,7 @@ def _set_waiting(view: View, command: c.SetWaiting) -> Answer:
     if isinstance(flow, Refusal):
         return flow
     if isinstance(command.wait_json, c.Defect):
-        return _defect(command.wait_json)
+        return defect_refusal(command.wait_json)
     blocked = command.blocked_task_id is not None or command.blocked_summary is not None
     return _changed(
         flow,
@@ -158,8 +160,8 @@ def _request_cancel(view: View, command: c.RequestCancel) -> Answer:
     if isinstance(flow, Refusal):
         return flow
     after, fact = _stamp_intent(flow, view.now)
-    unstarted = [task for task in view.children.active.values() if not _has_begun(view, task)]
-    ended = [_end_cancelled(task, view.now, "cancellation was requested") for task in unstarted]
+    unstarted = [task for task in view.children.active.values() if not has_begun(view, task)]
+    ended = [end_cancelled(task, view.now, "cancellation was requested") for task in unstarted]
     return Decision(
         flow=after,
         tasks=tuple(task for task, _ in ended),
@@ -179,7 +181,7 @@ def _cancel(view: View, command: c.Cancel) -> Answer:
     if flow.cancel_requested_at is None:
         flow, fact = _stamp_intent(flow, view.now)
         facts.append(fact)
-    ended, stopped = _stop_children(view, list(view.children.active.values()), "flow cancelled")
+    ended, stopped = stop_children(view, list(view.children.active.values()), "flow cancelled")
     return Decision(
         flow=flow if facts else None,
         tasks=tuple(task for task, _ in ended),
@@ -215,203 +217,6 @@ def _enter(view: View, flow: StoredFlow) -> tuple[StartController, ...]:
     return (StartController(controller),)
 
 
-# ---- the children ---------------------------------------------------------------------------------
-
-
-def _add_tasks(view: View, command: c.AddTasks) -> Answer:
-    flow = view.flow
-    if flow is None:
-        return NOT_FOUND
-    if flow.sync_mode is not SyncMode.MANAGED:
-        return NO_CHILDREN_ACCEPTED
-    named, new = _name(view, command.drafts)
-    if new:
-        if refused := lifecycle.refusal(flow, Operation.RUN_TASK):
-            return refused
-        for draft in new:
-            if isinstance(draft.input_json, c.Defect):
-                return _defect(draft.input_json)
-        if len(view.children.active) + len(new) > view.limits.active_children:
-            return Refusal(
-                Code.OVERLOADED,
-                f"Flow has {len(view.children.active)} active children; the limit is"
-                f" {view.limits.active_children}. Nothing was added.",
-            )
-    made = [_make_task(flow, draft, view.now) for draft in new]
-    restarted, waiting = _revive(view, named) if len(new) < len(named) else ([], [])
-    return Decision(
-        tasks=(*(task for task, _ in made), *(task for task, _ in restarted)),
-        facts=(*(fact for _, fact in made), *(fact for _, fact in restarted)),
-        effects=tuple(StartTask(task) for task, _ in restarted),
-        lined_up=(*(draft.task_id for draft in new if draft.launch is not None), *waiting),
-        answered=tuple(named),
-    )
-
-
-def _name(view: View, drafts: tuple[c.TaskDraft, ...]) -> tuple[list[str], list[c.TaskDraft]]:
-    """The id of the child each draft stands for, and the drafts that are new to the flow."""
-    known, fresh = view.children.run_ids, dict[str, str]()
-    named, new = [], []
-    for draft in drafts:
-        run_id = draft.run_id
-        first = None if run_id is None else known.get(run_id) or fresh.get(run_id)
-        if first is None:
-            new.append(draft)
-            if run_id is not None:
-                fresh[run_id] = draft.task_id
-        named.append(first or draft.task_id)
-    return named, new
-
-
-def _make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTask, Fact]:
-    launch, running = draft.launch, draft.status is TaskStatus.RUNNING
-    started_at = (now if draft.started_at is None else draft.started_at) if running else None
-    assert not isinstance(draft.input_json, c.Defect)
-    task = StoredTask(
-        key=draft.key,
-        flow_key=flow.key,
-        task_id=draft.task_id,
-        flow_id=flow.flow_id,
-        runtime=draft.runtime,
-        run_id=draft.run_id,
-        child_session_key=draft.child_session_key,
-        task=draft.task,
-        label=draft.label,
-        input_json=draft.input_json,
-        status=draft.status,
-        max_attempts=launch.retry.max_attempts if launch and launch.retry else 1,
-        timeout=draft.timeout,
-        delivery_status=endings.initial_delivery(flow.notify_policy),
-        notify_policy=flow.notify_policy,
-        created_at=now if started_at is None else min(now, started_at),
-        started_at=started_at,
-        last_event_at=_first_event(draft, started_at),
-        launch=launch,
-    )
-    told = {"status": task.status, "runtime": task.runtime, "task": task.task}
-    if task.run_id is not None:
-        told["runId"] = task.run_id
-    return task, Fact(EventType.TASK_CREATED, told, task.task_id)
-
-
-def _first_event(draft: c.TaskDraft, started_at: int | None) -> int | None:
-    if started_at is None or draft.last_event_at is None:
-        return started_at
-    return max(started_at, draft.last_event_at)
-
-
-def _revive(view: View, task_ids: list[str]) -> tuple[list[endings.Change], list[str]]:
-    """Known children asked for again whose function died with an earlier process: they can run now.
-
-    Answers the ones restarted under a new attempt, and the ids of those that may stand in line again.
-    """
-    if view.flow is None or lifecycle.refusal(view.flow, Operation.RUN_TASK):
-        return [], []
-    asked = [view.children.active.get(task_id) for task_id in dict.fromkeys(task_ids)]
-    mine = [task for task in asked if task and task.launch and task.launch.function is None]
-    cut_off = [
-        task
-        for task in mine
-        if task.status is TaskStatus.RUNNING
-        and task.task_id not in view.running
-        and task.interruptions < view.limits.interruptions
-    ]
-    queued = [
-        task.task_id
-        for task in mine
-        if task.status is TaskStatus.QUEUED and task.next_attempt_at is None
-    ]
-    return [endings.restart(task, view.now) for task in cut_off], queued
-
-
-def _start_report(view: View, command: c.StartReport) -> Answer:
-    task = _linked(view, command.task_id)
-    if not isinstance(task, StoredTask):
-        return task
-    assert view.flow is not None
-    if task.status is TaskStatus.RUNNING:
-        return Decision(answered=(task.task_id,))
-    if view.flow.cancel_requested_at is not None:
-        return CANCEL_REQUESTED
-    return _one(endings.report_start(task, view.now))
-
-
-def _progress_report(view: View, command: c.ProgressReport) -> Answer:
-    task = view.children.active.get(command.task_id)
-    if task is None:
-        return Decision(answered=(command.task_id,))
-    return _one(endings.progress(task, view.now, command.summary))
-
-
-def _end_report(view: View, command: c.EndReport) -> Answer:
-    if command.attempt is None:
-        linked = _linked(view, command.task_id)
-        if not isinstance(linked, StoredTask):
-            return linked
-        task = linked
-    else:
-        current = view.children.active.get(command.task_id)
-        if current is None or current.attempt != command.attempt:
-            return NOTHING
-        if current.status is not TaskStatus.RUNNING:
-            return NOTHING
-        task = current
-    if isinstance(command.result, c.Defect):
-        return _defect(command.result)
-    live = view.flow is not None and lifecycle.refusal(view.flow, Operation.RUN_TASK) is None
-    if command.attempt is not None and live and endings.may_retry(task, command.outcome):
-        change = endings.schedule_retry(task, view.now, command.outcome, command.chance)
-    else:
-        change = endings.end(
-            task,
-            view.now,
-            command.outcome,
-            result=command.result,
-            terminal_summary=command.terminal_summary,
-            terminal_outcome=command.terminal_outcome,
-        )
-    return _one(change)
-
-
-def _cancel_task(view: View, command: c.CancelTask) -> Answer:
-    task = view.children.active.get(command.task_id)
-    if task is None:
-        return TASK_NOT_FOUND
-    ended, stopped = _stop_children(view, [task], "task cancelled")
-    return Decision(
-        tasks=tuple(task for task, _ in ended),
-        facts=tuple(fact for _, fact in ended),
-        effects=stopped,
-    )
-
-
-def _release_tasks(view: View, command: c.ReleaseTasks) -> Answer:
-    active = view.children.active
-    running = [active[i] for i in command.task_ids if i in active]
-    released = [
-        endings.release(t, view.now)
-        for t in running
-        if t.launch is not None and t.status is TaskStatus.RUNNING
-    ]
-    return Decision(
-        tasks=tuple(task for task, _ in released),
-        facts=tuple(fact for _, fact in released),
-    )
-
-
-def _tick(view: View, command: c.Tick) -> Answer:
-    if view.flow is None:
-        return NOT_FOUND
-    due = [
-        task.task_id
-        for task in view.children.active.values()
-        if task.next_attempt_at is not None
-        and task.next_attempt_at <= view.now
-        and view.has_function(task)
-    ]
-    return Decision(lined_up=tuple(due))
-
-
 # ---- what the deciders share ----------------------------------------------------------------------
 
 
@@ -439,53 +244,14 @@ def _changed(flow: StoredFlow, now: int, event: EventType, patch: c.Patch, **fie
         fields["current_step"] = patch.current_step
     if patch.state_json is not UNSET:
         if isinstance(patch.state_json, c.Defect):
-            return _defect(patch.state_json)
+            return defect_refusal(patch.state_json)
         fields["state_json"] = patch.state_json
     after, fact = change_flow(flow, now, event, **fields)
     return Decision(flow=after, facts=(fact,))
 
 
-def _defect(defect: c.Defect) -> Refusal:
-    return Refusal(Code(defect.code), defect.reason)
-
-
 def _stamp_intent(flow: StoredFlow, now: int) -> tuple[StoredFlow, Fact]:
     return change_flow(flow, now, EventType.FLOW_CANCEL_REQUESTED, cancel_requested_at=now)
-
-
-def _linked(view: View, task_id: str) -> StoredTask | Answer:
-    """The active linked child; an ended one is past reporting, a launched one reports itself."""
-    task = view.children.active.get(task_id)
-    if task is None:
-        return Decision(answered=(task_id,))
-    if task.launch is not None:
-        return Refusal(
-            Code.NOT_LINKED, "Task is run by this runtime; its outcome comes from its own code."
-        )
-    return task
-
-
-def _has_begun(view: View, task: StoredTask) -> bool:
-    """Whether the child's work is under way, here or elsewhere. One started in this very turn is not."""
-    return task.status is TaskStatus.RUNNING and (task.launch is None or view.has_code(task))
-
-
-def _one(change: endings.Change) -> Decision:
-    task, fact = change
-    return Decision(tasks=(task,), facts=(fact,), answered=(task.task_id,))
-
-
-def _end_cancelled(task: StoredTask, now: int, why: str) -> endings.Change:
-    return endings.end(task, now, Cancelled(endings.cancelled(why)))
-
-
-def _stop_children(
-    view: View, tasks: list[StoredTask], why: str
-) -> tuple[list[endings.Change], tuple[StopTask, ...]]:
-    """End what has no code running here, and stop what has."""
-    stopped = [t for t in tasks if view.has_code(t)]
-    ended = [_end_cancelled(t, view.now, why) for t in tasks if not view.has_code(t)]
-    return ended, tuple(StopTask(t.task_id, StopReason.CANCELLED) for t in stopped)
 
 
 _DECIDERS: dict[type[Any], Callable[[View, Any], Answer]] = {
@@ -499,12 +265,12 @@ _DECIDERS: dict[type[Any], Callable[[View, Any], Answer]] = {
     c.Cancel: _cancel,
     c.EnterController: _enter_controller,
     c.ControllerStopped: _controller_stopped,
-    c.AddTasks: _add_tasks,
-    c.StartReport: _start_report,
-    c.ProgressReport: _progress_report,
-    c.EndReport: _end_report,
-    c.CancelTask: _cancel_task,
-    c.ReleaseTasks: _release_tasks,
-    c.Tick: _tick,
+    c.AddTasks: tasks.add_tasks,
+    c.StartReport: tasks.report_start,
+    c.ProgressReport: tasks.report_progress,
+    c.EndReport: tasks.report_end,
+    c.CancelTask: tasks.cancel_task,
+    c.ReleaseTasks: tasks.release_tasks,
+    c.Tick: tasks.tick,
     c.Recover: recover,
 }

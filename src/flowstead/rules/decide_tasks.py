@@ -1,0 +1,269 @@
+"""What commands do to the children of a flow: adding them, reports about them, and stopping them.
+
+The other half of `decide`, under the same rules: nothing is changed here, and a refused command has no effect.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from flowstead.model import command as c
+from flowstead.model.code import (
+    CANCEL_REQUESTED,
+    NO_CHILDREN_ACCEPTED,
+    NOT_FOUND,
+    TASK_NOT_FOUND,
+    Code,
+    Refusal,
+)
+from flowstead.model.effect import StartTask, StopReason, StopTask
+from flowstead.model.event import EventType
+from flowstead.model.flow import StoredFlow, SyncMode
+from flowstead.model.task import Cancelled, StoredTask, TaskStatus
+from flowstead.rules import endings, lifecycle
+from flowstead.rules.lifecycle import Operation
+from flowstead.rules.view import NOTHING, Decision, Fact, View
+
+Answer: TypeAlias = Decision | Refusal
+
+
+def add_tasks(view: View, command: c.AddTasks) -> Answer:
+    """Make the children that are new, and let known ones whose function is back run again."""
+    flow = view.flow
+    if flow is None:
+        return NOT_FOUND
+    if flow.sync_mode is not SyncMode.MANAGED:
+        return NO_CHILDREN_ACCEPTED
+    named, new = _name(view, command.drafts)
+    if new:
+        if refused := lifecycle.refusal(flow, Operation.RUN_TASK):
+            return refused
+        for draft in new:
+            if isinstance(draft.input_json, c.Defect):
+                return defect_refusal(draft.input_json)
+        if len(view.children.active) + len(new) > view.limits.active_children:
+            return Refusal(
+                Code.OVERLOADED,
+                f"Flow has {len(view.children.active)} active children; the limit is"
+                f" {view.limits.active_children}. Nothing was added.",
+            )
+    made = [_make_task(flow, draft, view.now) for draft in new]
+    restarted, waiting = _revive(view, named) if len(new) < len(named) else ([], [])
+    return Decision(
+        tasks=(*(task for task, _ in made), *(task for task, _ in restarted)),
+        facts=(*(fact for _, fact in made), *(fact for _, fact in restarted)),
+        effects=tuple(StartTask(task) for task, _ in restarted),
+        lined_up=(*(draft.task_id for draft in new if draft.launch is not None), *waiting),
+        answered=tuple(named),
+    )
+
+
+def _name(view: View, drafts: tuple[c.TaskDraft, ...]) -> tuple[list[str], list[c.TaskDraft]]:
+    """The id of the child each draft stands for, and the drafts that are new to the flow."""
+    known, fresh = view.children.run_ids, dict[str, str]()
+    named, new = [], []
+    for draft in drafts:
+        run_id = draft.run_id
+        first = None if run_id is None else known.get(run_id) or fresh.get(run_id)
+        if first is None:
+            new.append(draft)
+            if run_id is not None:
+                fresh[run_id] = draft.task_id
+        named.append(first or draft.task_id)
+    return named, new
+
+
+def _make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTask, Fact]:
+    launch, running = draft.launch, draft.status is TaskStatus.RUNNING
+    started_at = (now if draft.started_at is None else draft.started_at) if running else None
+    assert not isinstance(draft.input_json, c.Defect)
+    task = StoredTask(
+        key=draft.key,
+        flow_key=flow.key,
+        task_id=draft.task_id,
+        flow_id=flow.flow_id,
+        runtime=draft.runtime,
+        run_id=draft.run_id,
+        child_session_key=draft.child_session_key,
+        task=draft.task,
+        label=draft.label,
+        input_json=draft.input_json,
+        status=draft.status,
+        max_attempts=launch.retry.max_attempts if launch and launch.retry else 1,
+        timeout=draft.timeout,
+        delivery_status=endings.initial_delivery(flow.notify_policy),
+        notify_policy=flow.notify_policy,
+        created_at=now if started_at is None else min(now, started_at),
+        started_at=started_at,
+        last_event_at=_first_event(draft, started_at),
+        launch=launch,
+    )
+    told = {"status": task.status, "runtime": task.runtime, "task": task.task}
+    if task.run_id is not None:
+        told["runId"] = task.run_id
+    return task, Fact(EventType.TASK_CREATED, told, task.task_id)
+
+
+def _first_event(draft: c.TaskDraft, started_at: int | None) -> int | None:
+    if started_at is None or draft.last_event_at is None:
+        return started_at
+    return max(started_at, draft.last_event_at)
+
+
+def _revive(view: View, task_ids: list[str]) -> tuple[list[endings.Change], list[str]]:
+    """Known children asked for again whose function died with an earlier process: they can run now.
+
+    Answers the ones restarted under a new attempt, and the ids of those that may stand in line again.
+    """
+    if view.flow is None or lifecycle.refusal(view.flow, Operation.RUN_TASK):
+        return [], []
+    asked = [view.children.active.get(task_id) for task_id in dict.fromkeys(task_ids)]
+    mine = [task for task in asked if task and task.launch and task.launch.function is None]
+    cut_off = [
+        task
+        for task in mine
+        if task.status is TaskStatus.RUNNING
+        and task.task_id not in view.running
+        and task.interruptions < view.limits.interruptions
+    ]
+    queued = [
+        task.task_id
+        for task in mine
+        if task.status is TaskStatus.QUEUED and task.next_attempt_at is None
+    ]
+    return [endings.restart(task, view.now) for task in cut_off], queued
+
+
+def report_start(view: View, command: c.StartReport) -> Answer:
+    """queued → running, for a linked child."""
+    task = _linked(view, command.task_id)
+    if not isinstance(task, StoredTask):
+        return task
+    assert view.flow is not None
+    if task.status is TaskStatus.RUNNING:
+        return Decision(answered=(task.task_id,))
+    if view.flow.cancel_requested_at is not None:
+        return CANCEL_REQUESTED
+    return _one(endings.report_start(task, view.now))
+
+
+def report_progress(view: View, command: c.ProgressReport) -> Answer:
+    """A sign of life of any active child."""
+    task = view.children.active.get(command.task_id)
+    if task is None:
+        return Decision(answered=(command.task_id,))
+    return _one(endings.progress(task, view.now, command.summary))
+
+
+def report_end(view: View, command: c.EndReport) -> Answer:
+    """active → final, or back to the queue where a retry is left; what comes too late changes nothing."""
+    if command.attempt is None:
+        linked = _linked(view, command.task_id)
+        if not isinstance(linked, StoredTask):
+            return linked
+        task = linked
+    else:
+        current = view.children.active.get(command.task_id)
+        if current is None or current.attempt != command.attempt:
+            return NOTHING
+        if current.status is not TaskStatus.RUNNING:
+            return NOTHING
+        task = current
+    if isinstance(command.result, c.Defect):
+        return defect_refusal(command.result)
+    live = view.flow is not None and lifecycle.refusal(view.flow, Operation.RUN_TASK) is None
+    if command.attempt is not None and live and endings.may_retry(task, command.outcome):
+        change = endings.schedule_retry(task, view.now, command.outcome, command.chance)
+    else:
+        change = endings.end(
+            task,
+            view.now,
+            command.outcome,
+            result=command.result,
+            terminal_summary=command.terminal_summary,
+            terminal_outcome=command.terminal_outcome,
+        )
+    return _one(change)
+
+
+def cancel_task(view: View, command: c.CancelTask) -> Answer:
+    """Stop one child."""
+    task = view.children.active.get(command.task_id)
+    if task is None:
+        return TASK_NOT_FOUND
+    ended, stopped = stop_children(view, [task], "task cancelled")
+    return Decision(
+        tasks=tuple(task for task, _ in ended),
+        facts=tuple(fact for _, fact in ended),
+        effects=stopped,
+    )
+
+
+def release_tasks(view: View, command: c.ReleaseTasks) -> Answer:
+    """running → queued, for children stopped by shutdown."""
+    active = view.children.active
+    running = [active[i] for i in command.task_ids if i in active]
+    released = [
+        endings.release(t, view.now)
+        for t in running
+        if t.launch is not None and t.status is TaskStatus.RUNNING
+    ]
+    return Decision(
+        tasks=tuple(task for task, _ in released),
+        facts=tuple(fact for _, fact in released),
+    )
+
+
+def tick(view: View, command: c.Tick) -> Answer:
+    """Let children whose retry is due stand in line."""
+    if view.flow is None:
+        return NOT_FOUND
+    due = [
+        task.task_id
+        for task in view.children.active.values()
+        if task.next_attempt_at is not None
+        and task.next_attempt_at <= view.now
+        and view.has_function(task)
+    ]
+    return Decision(lined_up=tuple(due))
+
+
+def stop_children(
+    view: View, tasks: list[StoredTask], why: str
+) -> tuple[list[endings.Change], tuple[StopTask, ...]]:
+    """End what has no code running here, and stop what has."""
+    stopped = [t for t in tasks if view.has_code(t)]
+    ended = [end_cancelled(t, view.now, why) for t in tasks if not view.has_code(t)]
+    return ended, tuple(StopTask(t.task_id, StopReason.CANCELLED) for t in stopped)
+
+
+def has_begun(view: View, task: StoredTask) -> bool:
+    """Whether the child's work is under way, here or elsewhere. One started in this very turn is not."""
+    return task.status is TaskStatus.RUNNING and (task.launch is None or view.has_code(task))
+
+
+def end_cancelled(task: StoredTask, now: int, why: str) -> endings.Change:
+    """active → cancelled."""
+    return endings.end(task, now, Cancelled(endings.cancelled(why)))
+
+
+def _linked(view: View, task_id: str) -> StoredTask | Answer:
+    """The active linked child; an ended one is past reporting, a launched one reports itself."""
+    task = view.children.active.get(task_id)
+    if task is None:
+        return Decision(answered=(task_id,))
+    if task.launch is not None:
+        return Refusal(
+            Code.NOT_LINKED, "Task is run by this runtime; its outcome comes from its own code."
+        )
+    return task
+
+
+def _one(change: endings.Change) -> Decision:
+    task, fact = change
+    return Decision(tasks=(task,), facts=(fact,), answered=(task.task_id,))
+
+
+def defect_refusal(defect: c.Defect) -> Refusal:
+    """User JSON that cannot be kept, as a refusal."""
+    return Refusal(Code(defect.code), defect.reason)
