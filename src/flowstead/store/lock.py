@@ -11,10 +11,14 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from flowstead.errors import StoreInUse
+
+# Whoever may put a link beside the database must not thereby choose what we write to.
+_OPEN_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -84,7 +88,7 @@ class OwnerLock:
 
     def _try(self, path: Path) -> bool:
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, _OPEN_FLAGS, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
