@@ -361,7 +361,7 @@ def test_every_method_of_a_face_says_what_it_does(face: type[Any]) -> None:
     for name, method in inspect.getmembers(face, inspect.isfunction):
         if not name.startswith("_"):
             assert (method.__doc__ or "").strip(), f"{face.__name__}.{name}"
-            assert not method.__doc__.strip().startswith("TODO")
+            assert len(method.__doc__.split()) > 3, f"{face.__name__}.{name} says too little"
 
 
 # ---- importing ------------------------------------------------------------------------------------

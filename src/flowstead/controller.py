@@ -24,6 +24,7 @@ from flowstead.model.code import Code
 from flowstead.model.command import (
     AddTasks,
     Command,
+    Defect,
     Encoded,
     Fail,
     Finish,
@@ -45,7 +46,7 @@ from flowstead.model.task import (
     outcome_of,
 )
 from flowstead.registry import TaskDefinition
-from flowstead.results import raise_refusal
+from flowstead.results import error_for, raise_refusal
 from flowstead.rules.user_json import encode_json
 from flowstead.store import codec
 from flowstead.store.port import Scope
@@ -287,9 +288,8 @@ class FlowContext:
         limit: int | None = None,
     ) -> TaskDraft:
         encoded = self._encode(input, "input")
-        if isinstance(encoded, msgspec.Struct):
-            error = errors.StateTooLarge if encoded.code == "state_too_large" else None
-            raise (error or errors.InvalidState)(encoded.reason)
+        if isinstance(encoded, Defect):
+            raise error_for(Code(encoded.code), encoded.reason)
         launch = self._functions.launch(
             definition, group=None if limit is None else group, limit=limit
         )
