@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -33,6 +34,7 @@ from flowstead.store.memory import MemoryStore
 from flowstead.testing import ManualClock
 from tests.faulty_store import (
     NOT_WRITTEN,
+    UNKNOWN,
     FaultyStore,
     flows_of,
     holds_nothing,
@@ -1119,3 +1121,69 @@ async def test_many_flows_with_controllers_run_side_by_side():
         await settle()
         assert holds_nothing(runtime)
         assert runtime._engine.doc_of(FlowKey("owner", ids[0]))
+
+
+# ---- a store that fails the controller ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [NOT_WRITTEN, UNKNOWN], ids=["not written", "unknown"])
+async def test_a_store_that_fails_a_step_does_not_end_the_flow(
+    clock: ManualClock, error: Exception
+) -> None:
+    store, registry, entered = FaultyStore(), Registry(), []
+
+    @registry.controller("c")
+    async def drive(flow: FlowContext) -> None:
+        entered.append(flow.flow_id)
+        if len(entered) == 1:
+            store.fail_commits(error)
+        await flow.update(state_json="told")
+
+    async with running(store, registry=registry, clock=clock) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, "c")
+        await settle()
+        assert len(entered) == 1
+
+        clock.advance(1)
+        end = await soon(flows.result(flow_id))
+
+        assert (end.status, end.state_json, len(entered)) == ("succeeded", "told", 2)
+
+
+async def test_a_store_that_fails_in_a_task_group_of_the_controller_does_not_end_the_flow(
+    clock: ManualClock,
+) -> None:
+    store, registry, entered = FaultyStore(), Registry(), []
+
+    @registry.controller("c")
+    async def drive(flow: FlowContext) -> None:
+        entered.append(flow.flow_id)
+        if len(entered) == 1:
+            store.fail_commits(NOT_WRITTEN)
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(flow.update, state_json="told"))
+
+    async with running(store, registry=registry, clock=clock) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, "c")
+        await settle()
+        clock.advance(1)
+
+        assert (await soon(flows.result(flow_id))).status == "succeeded"
+        assert len(entered) == 2
+
+
+async def test_an_error_beside_the_stores_still_fails_the_flow() -> None:
+    store, registry = FaultyStore(), Registry()
+
+    @registry.controller("c")
+    async def drive(flow: FlowContext) -> None:
+        raise ExceptionGroup("both", [NOT_WRITTEN, ValueError("mine")])
+
+    async with running(store, registry=registry) as runtime:
+        flows = flows_of(runtime)
+
+        end = await soon(flows.result(await new_flow(flows, "c")))
+
+        assert end.status == "failed"

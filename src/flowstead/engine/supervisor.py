@@ -24,7 +24,13 @@ from flowstead.engine.clock import Clock, Ids
 from flowstead.engine.guard import ChildScope, absorb_own_cancel, describe, run_guarded
 from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Reply
-from flowstead.errors import CancelPending, RuntimeClosed, StoreError
+from flowstead.errors import (
+    CancelPending,
+    CommitFailed,
+    RuntimeClosed,
+    SnapshotUnreadable,
+    StoreError,
+)
 from flowstead.model.code import Code
 from flowstead.model.command import (
     Command,
@@ -338,7 +344,7 @@ class Supervisor:
         end: Command | None = None
         try:
             with scope:
-                end = await self._drive(key, controller_id)
+                end = await self._drive_to_end(key, controller_id)
                 if not scope.cancel_called:
                     await absorb_own_cancel()
         except asyncio.CancelledError as error:
@@ -355,19 +361,35 @@ class Supervisor:
             raise asyncio.CancelledError
         return end or ControllerStopped()
 
+    async def _drive_to_end(self, key: FlowKey, controller_id: str) -> Command:
+        """Run the controller; from the top again each time the store fails it, for that is no end of a flow."""
+        while not self._stopping:
+            try:
+                return await self._drive(key, controller_id)
+            except BaseException as error:
+                if not _is_of_the_store(error):
+                    raise
+                log.warning("controller.interrupted", flow_id=key.flow_id, reason=str(error))
+                if isinstance(error, SnapshotUnreadable):
+                    break
+            await self._pause()
+        return ControllerStopped()
+
     async def _drive(self, key: FlowKey, controller_id: str) -> Command:
-        try:
-            entered = await self._report(key, EnterController())
-        except StoreError as error:
-            log.warning("controller.not_entered", flow_id=key.flow_id, reason=str(error))
-            await self._pause()
-            return ControllerStopped()
+        entered = await self._report(key, EnterController())
         if entered.refusal is not None and entered.refusal.code in _UNSETTLED:
-            await self._pause()
+            raise CommitFailed(entered.refusal.reason)
         if entered.refusal is not None or entered.doc is None:
             return ControllerStopped()
         await self._door.drive(key, controller_id, entered.doc)
         return Finish(expected_revision=None, patch=Patch())
+
+
+def _is_of_the_store(error: BaseException) -> bool:
+    """Whether the store failed, and nothing else did."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_of_the_store(one) for one in error.exceptions)
+    return isinstance(error, StoreError)
 
 
 def _is(flow: Flow, key: FlowKey) -> bool:
