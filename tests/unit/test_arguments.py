@@ -33,7 +33,7 @@ class Nothing:
 # ---- texts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", NOT_TEXT, ids=repr)
+@pytest.mark.parametrize("value", NOT_TEXT, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize(
     "check", [arguments.text, arguments.identifier, arguments.instruction, arguments.lookup]
 )
