@@ -1,14 +1,9 @@
-"""A store that fails on request, and what a test needs to play with it: a runtime that must end clean, patience.
-
-`FaultyStore` passes everything on to a real store. A test may hold its commits at a gate, let the next ones
-fail, with or without having written, and let named reads fail. It counts what went through.
-"""
+"""What a test needs to play with a store that fails on request: its errors, patience, a runtime that ends clean."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -16,8 +11,23 @@ import anyio
 
 from flowstead import Runtime, SessionFlows, open_runtime
 from flowstead.errors import CommitFailed, OutcomeUnknown, WriteConflict
-from flowstead.store.codec import FlowWrite
-from flowstead.store.memory import MemoryStore, MemoryTables
+from flowstead.testing import FaultyStore
+
+__all__ = [
+    "MISFIT",
+    "NOT_WRITTEN",
+    "UNKNOWN",
+    "FaultyStore",
+    "flows_of",
+    "holds_nothing",
+    "memory_of",
+    "new_flow",
+    "running",
+    "settle",
+    "soon",
+    "turns",
+    "until",
+]
 
 T = TypeVar("T")
 
@@ -26,85 +36,6 @@ UNKNOWN = OutcomeUnknown("the disk said nothing")
 MISFIT = WriteConflict("a row does not fit")
 
 _PATIENCE_SECONDS = 2.0
-
-
-class FaultyStore:
-    """A store with a gate before its commits and faults waiting to happen. Reads pass unless told to fail."""
-
-    def __init__(self, inner: Any = None, *, tables: MemoryTables | None = None) -> None:
-        self.inner = inner or MemoryStore(tables)
-        self.batches: list[int] = []
-        """How many writes each commit had that went through."""
-        self.attempts = 0
-        """How many commits were tried."""
-        self.upkeeps = 0
-        self._commit_faults: deque[tuple[Exception, bool]] = deque()
-        self._read_faults: defaultdict[str, deque[Exception]] = defaultdict(deque)
-        self._gate = asyncio.Event()
-        self._gate.set()
-        self._reached = asyncio.Event()
-
-    @property
-    def tables(self) -> MemoryTables:
-        tables: MemoryTables = self.inner.tables
-        return tables
-
-    def hold(self) -> None:
-        """Let commits wait, before anything is written, until `release`."""
-        self._reached.clear()
-        self._gate.clear()
-
-    def release(self) -> None:
-        """Let held commits go on."""
-        self._gate.set()
-
-    async def wait_held(self) -> None:
-        """Return once a commit waits at the gate."""
-        await self._reached.wait()
-
-    def fail_commits(self, error: Exception, *, times: int = 1, written: bool = False) -> None:
-        """Let the next commits raise; `written` ones are on disk all the same."""
-        self._commit_faults.extend([(error, written)] * times)
-
-    def heal(self) -> None:
-        """Forget every fault that has not happened yet."""
-        self._commit_faults.clear()
-        self._read_faults.clear()
-
-    def fail_reads(self, name: str, error: Exception, *, times: int = 1) -> None:
-        """Let the next reads of that name raise."""
-        self._read_faults[name].extend([error] * times)
-
-    async def commit(self, writes: Sequence[FlowWrite]) -> int:
-        self.attempts += 1
-        if not self._gate.is_set():
-            self._reached.set()
-            await self._gate.wait()
-        if self._commit_faults:
-            error, written = self._commit_faults.popleft()
-            if written:
-                await self.inner.commit(writes)
-            raise error
-        position: int = await self.inner.commit(writes)
-        self.batches.append(len(writes))
-        return position
-
-    async def upkeep(self, *, idle: bool) -> None:
-        self.upkeeps += 1
-        if faults := self._read_faults["upkeep"]:
-            raise faults.popleft()
-        await self.inner.upkeep(idle=idle)
-
-    def __getattr__(self, name: str) -> Any:
-        faults = self._read_faults[name]
-        if not faults:
-            return getattr(self.inner, name)
-        error = faults.popleft()
-
-        async def fail(*args: object, **kwargs: object) -> None:
-            raise error
-
-        return fail
 
 
 @asynccontextmanager

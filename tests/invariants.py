@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import closing
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 FLOW_ENDS = {
     "flow.succeeded": "succeeded",
@@ -85,6 +88,8 @@ class File:
     flows: dict[int, FlowRows]
     ownership: dict[str, Any]
     positions: list[int]
+    crcs: list[tuple[str, int, int]]
+    """Of each row: what it is, the checksum it has, and the one it should have."""
 
     @property
     def tasks(self) -> list[TaskRows]:
@@ -131,6 +136,11 @@ def _read(connection: sqlite3.Connection) -> File:
         assert row["flow_key"] in flows, f"{task.name} belongs to no flow"
         flows[row["flow_key"]].tasks[row["task_id"]] = task
     positions = []
+    crcs = []
+    for flow in flows.values():
+        crcs.append((flow.name, flow.row["crc"], crc_of(flow.row)))
+    for task in tasks.values():
+        crcs.append((task.name, task.row["crc"], crc_of(task.row)))
     for row in connection.execute("SELECT * FROM events ORDER BY position"):
         where = f"event at position {row['position']}"
         assert row["flow_key"] in flows, f"{where} belongs to no flow"
@@ -138,13 +148,21 @@ def _read(connection: sqlite3.Connection) -> File:
         assert event["seq"] == row["seq"], f"{where}: seq {event['seq']} beside {row['seq']}"
         event["position"] = row["position"]
         positions.append(row["position"])
+        of_event = {name: row[name] for name in ("flow_key", "seq", "doc", "crc")}
+        crcs.append((where, row["crc"], crc_of(of_event) ^ row["position"]))
         flow = flows[row["flow_key"]]
         flow.events.append(event)
         if task_id := event.get("taskId"):
             assert task_id in flow.tasks, f"{where} is about {task_id}, no child of {flow.name}"
             flow.tasks[task_id].events.append(event)
     [ownership] = connection.execute("SELECT * FROM ownership").fetchall()
-    return File(flows, dict(ownership), positions)
+    return File(flows, dict(ownership), positions, crcs)
+
+
+def crc_of(row: dict[str, Any]) -> int:
+    """The CRC-32 of a row's columns in MessagePack and of its record after them."""
+    columns = [value for name, value in row.items() if name not in ("doc", "crc")]
+    return zlib.crc32(row["doc"].encode(), zlib.crc32(msgspec.msgpack.encode(columns)))
 
 
 # ---- a flow ---------------------------------------------------------------------------------------
@@ -337,6 +355,19 @@ def check_ownership(file: File) -> None:
     assert holder["pid"] > 0, f"the holder is {holder}"
 
 
+def check_totals(file: File) -> None:
+    """The ownership row knows how many rows there are, so that one that vanishes is missed."""
+    counted = {"flows": len(file.flows), "tasks": len(file.tasks), "events": len(file.positions)}
+    said = {name: file.ownership[name] for name in counted}
+    assert said == counted, f"the totals are {said}, and there are {counted}"
+
+
+def check_crcs(file: File) -> None:
+    """Every row has the checksum of its record and its columns."""
+    for what, stored, right in file.crcs:
+        assert stored == right, f"{what}: its checksum is {stored}, and should be {right}"
+
+
 def check_names(file: File) -> None:
     """Ids, idempotency keys and run ids name one thing each."""
     ids = Counter((f.row["owner_key"], f.row["flow_id"]) for f in file.flows.values())
@@ -371,6 +402,7 @@ OF_A_TASK: tuple[Callable[[TaskRows], None], ...] = (
     check_history_tells_the_child,
 )
 OF_A_FILE: tuple[Callable[[File], None], ...] = (check_positions, check_ownership, check_names)
+OF_EVERY_ROW: tuple[Callable[[File], None], ...] = (check_totals, check_crcs)
 
 
 def check_all(path: Path | str) -> File:
@@ -390,6 +422,9 @@ def check_all(path: Path | str) -> File:
             for check_task in OF_A_TASK:
                 check_task(task)
             check_task_columns(task, flow)
+    # Last, because whatever else is wrong is said more plainly above.
+    for check_rows in OF_EVERY_ROW:
+        check_rows(file)
     return file
 
 

@@ -52,7 +52,7 @@ DAMAGE = {
     "something happens after the end": (
         "INSERT INTO events SELECT (SELECT max(position) + 1 FROM events), flow_key, seq + 1,"
         " json_set(doc, '$.seq', seq + 1, '$.type', 'flow.updated', '$.changed', json('{}'),"
-        " '$.revision', json_extract(doc, '$.revision') + 1) FROM events"
+        " '$.revision', json_extract(doc, '$.revision') + 1), NULL FROM events"
         f" WHERE flow_key = {FLOW.format('failed')} ORDER BY seq DESC LIMIT 1;"
         "UPDATE ownership SET last_position = last_position + 1;"
         "UPDATE flows SET revision = 2, doc = json_set(doc, '$.revision', 2)"
@@ -63,7 +63,7 @@ DAMAGE = {
         "INSERT INTO events SELECT (SELECT max(position) + 1 FROM events), e.flow_key,"
         " (SELECT max(seq) + 1 FROM events WHERE flow_key = e.flow_key),"
         " json_set(e.doc, '$.type', 'task.started', '$.changed', json('{}'), '$.revision', 1,"
-        " '$.seq', (SELECT max(seq) + 1 FROM events WHERE flow_key = e.flow_key))"
+        " '$.seq', (SELECT max(seq) + 1 FROM events WHERE flow_key = e.flow_key)), NULL"
         f" FROM events AS e WHERE e.flow_key = {FLOW.format('asked')}"
         " AND json_extract(e.doc, '$.type') = 'task.created'"
         " ORDER BY seq LIMIT 1 OFFSET 1;"
@@ -73,7 +73,8 @@ DAMAGE = {
     "a child ends twice": (
         "INSERT INTO events SELECT (SELECT max(position) + 1 FROM events), e.flow_key,"
         " (SELECT max(seq) + 1 FROM events WHERE flow_key = e.flow_key),"
-        " json_set(e.doc, '$.seq', (SELECT max(seq) + 1 FROM events WHERE flow_key = e.flow_key))"
+        " json_set(e.doc, '$.seq', (SELECT max(seq) + 1 FROM events WHERE flow_key = e.flow_key)),"
+        " NULL"
         f" FROM events AS e WHERE e.flow_key = {FLOW.format('queued')}"
         " AND json_extract(e.doc, '$.type') = 'task.ended' LIMIT 1;"
         "UPDATE ownership SET last_position = last_position + 1",
@@ -96,6 +97,15 @@ DAMAGE = {
     "a position is forgotten": (
         "UPDATE ownership SET last_position = last_position - 1",
         "the newest event is at",
+    ),
+    "a digit flipped where no event tells": (
+        "UPDATE flows SET doc = json_set(doc, '$.updatedAt', json_extract(doc, '$.updatedAt') + 1)"
+        " WHERE flow_id = 'done'",
+        "flow done: its checksum is",
+    ),
+    "a count is off": (
+        "UPDATE ownership SET tasks = tasks + 1",
+        "the totals are",
     ),
     "commits are made up": (
         "UPDATE ownership SET commits = 1000000",

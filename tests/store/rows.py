@@ -1,176 +1,35 @@
-"""Rows for the tests of a store: small records, and the writes that carry them."""
+"""Rows for the tests of a store: those of the conformance suite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from flowstead.testing.conformance.rows import (
+    ALICE,
+    BOB,
+    HOSTILE,
+    NOW,
+    changes,
+    children,
+    creates,
+    event_of,
+    flow_of,
+    put,
+    put_task,
+    task_of,
+    tells,
+)
 
-from flowstead.model.event import Event
-from flowstead.model.flow import FlowStatus, NotifyPolicy, StoredFlow, SyncMode
-from flowstead.model.task import DeliveryStatus, Launch, StoredTask, TaskStatus
-from flowstead.store import codec
-from flowstead.store.codec import EventRow, FlowRow, FlowWrite, TaskRow
-from flowstead.store.port import Scope, Store
-
-ALICE = Scope("alice")
-BOB = Scope("bob")
-NOW = 1_800_000_000_000
-
-FINAL = frozenset({FlowStatus.SUCCEEDED, FlowStatus.FAILED, FlowStatus.CANCELLED, FlowStatus.LOST})
-
-HOSTILE = {
-    "quotes": 'it\'s "quoted" `twice`; \'\' ""',
-    "nul": "before\x00after",
-    "emoji": "👩🏽‍🚀 flags 🇨🇭",
-    "right to left": "שלום \u202eevil\u202c مرحبا",
-    "sql": "'; DROP TABLE flows; --",
-    "wildcards": "100%_done*?[a-z]\\%",
-    "controls": "\x01\x1b[31m\x7f\r\n\t",
-    "not normalized": "e\u0301 \u00e9 \ufb01",
-    "highest": "\U0010ffff\U0010ffff",
-    "spaces": "  \u00a0 ",
-}
-
-
-def flow_of(
-    key: int,
-    flow_id: str = "flow",
-    *,
-    owner_key: str = "alice",
-    status: FlowStatus = FlowStatus.RUNNING,
-    revision: int = 1,
-    **fields: Any,
-) -> StoredFlow:
-    """A flow's record; an ended status brings its end along."""
-    if status in FINAL:
-        fields.setdefault("ended_at", NOW)
-    fields.setdefault("goal", "a goal")
-    return StoredFlow(
-        key=key,
-        flow_id=flow_id,
-        owner_key=owner_key,
-        sync_mode=SyncMode.MANAGED,
-        notify_policy=NotifyPolicy.DONE_ONLY,
-        status=status,
-        revision=revision,
-        state_version=1,
-        created_at=NOW,
-        updated_at=NOW,
-        **fields,
-    )
-
-
-def task_of(
-    key: int,
-    flow: StoredFlow,
-    task_id: str,
-    *,
-    status: TaskStatus = TaskStatus.QUEUED,
-    launched: bool = False,
-    **fields: Any,
-) -> StoredTask:
-    """A child's record."""
-    if status not in (TaskStatus.QUEUED, TaskStatus.RUNNING):
-        fields.setdefault("ended_at", NOW)
-    fields.setdefault("runtime", "subagent")
-    fields.setdefault("task", "do it")
-    return StoredTask(
-        key=key,
-        task_id=task_id,
-        flow_key=flow.key,
-        flow_id=flow.flow_id,
-        status=status,
-        delivery_status=DeliveryStatus.PENDING,
-        notify_policy=NotifyPolicy.DONE_ONLY,
-        created_at=NOW,
-        launch=Launch(function="work") if launched else None,
-        **fields,
-    )
-
-
-def event_of(flow: StoredFlow, seq: int, **fields: Any) -> EventRow:
-    """A line of a flow's history."""
-    event = Event(
-        flow_id=flow.flow_id,
-        seq=seq,
-        revision=flow.revision,
-        at=NOW,
-        type=fields.pop("type", "flow.updated"),
-        actor=fields.pop("actor", "owner"),
-        **fields,
-    )
-    return codec.event_row(flow.key, event)
-
-
-def new(flow: StoredFlow, *, due_at: int | None = None) -> FlowRow:
-    """The row that puts a flow in."""
-    return codec.flow_row(flow, codec.encode(flow), due_at=due_at, expected_revision=None)
-
-
-def changed(flow: StoredFlow, *, seen: int | None = None, due_at: int | None = None) -> FlowRow:
-    """The row that writes a flow over the revision before it, or over the one `seen`."""
-    expected = flow.revision - 1 if seen is None else seen
-    return codec.flow_row(flow, codec.encode(flow), due_at=due_at, expected_revision=expected)
-
-
-def creates(
-    flow: StoredFlow,
-    *tasks: StoredTask,
-    due_at: int | None = None,
-    seqs: Iterable[int] = (1,),
-) -> FlowWrite:
-    """A write of a new flow with its new children and its first events."""
-    return FlowWrite(
-        flow=new(flow, due_at=due_at),
-        tasks=[codec.task_row(task, fresh=True) for task in tasks],
-        events=[event_of(flow, seq) for seq in seqs],
-    )
-
-
-def changes(
-    flow: StoredFlow,
-    *,
-    seen: int | None = None,
-    due_at: int | None = None,
-    tasks: Iterable[TaskRow] = (),
-    seqs: Iterable[int] = (),
-) -> FlowWrite:
-    """A write over a stored flow."""
-    return FlowWrite(
-        flow=changed(flow, seen=seen, due_at=due_at),
-        tasks=list(tasks),
-        events=[event_of(flow, seq) for seq in seqs],
-    )
-
-
-def children(*tasks: StoredTask, fresh: bool = True) -> FlowWrite:
-    """A write of children alone."""
-    return FlowWrite(
-        flow=None, tasks=[codec.task_row(task, fresh=fresh) for task in tasks], events=[]
-    )
-
-
-def tells(flow: StoredFlow, *seqs: int) -> FlowWrite:
-    """A write of events alone."""
-    return FlowWrite(flow=None, tasks=[], events=[event_of(flow, seq) for seq in seqs])
-
-
-def with_doc(write: FlowWrite, doc: str) -> FlowWrite:
-    """The same write with another text where the flow's record should be."""
-    assert write.flow is not None
-    return FlowWrite(flow=write.flow._replace(doc=doc), tasks=write.tasks, events=write.events)
-
-
-async def put(store: Store, flow_id: str = "flow", **fields: Any) -> StoredFlow:
-    """Store a flow with its first event."""
-    due_at = fields.pop("due_at", None)
-    flow = flow_of(store.next_key(), flow_id, **fields)
-    await store.commit([creates(flow, due_at=due_at)])
-    return flow
-
-
-async def put_task(store: Store, flow: StoredFlow, task_id: str, **fields: Any) -> StoredTask:
-    """Store a child."""
-    task = task_of(store.next_key(), flow, task_id, **fields)
-    await store.commit([children(task)])
-    return task
+__all__ = [
+    "ALICE",
+    "BOB",
+    "HOSTILE",
+    "NOW",
+    "changes",
+    "children",
+    "creates",
+    "event_of",
+    "flow_of",
+    "put",
+    "put_task",
+    "task_of",
+    "tells",
+]

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from flowstead.errors import SnapshotUnreadable, StoreInUse, StoreUnusable
 from flowstead.model.flow import FlowKey, FlowStatus
-from flowstead.store import schema
+from flowstead.store import schema, sqlite
 from flowstead.store.port import EVERYONE, FlowQuery, Snapshot
 from flowstead.store.sqlite import SqliteStore, WorkerConnection
 from tests.store.disk import Disk, TendedStore, disk_error
@@ -185,7 +185,7 @@ async def test_reads_go_to_the_reader_and_writes_to_the_writer(
     await store.load([FlowKey("alice", "flow")])
     await store.list_unreadable()
 
-    assert set(said) == {"reader SELECT", "reader BEGIN", "reader COMMIT"}
+    assert set(said) == {"reader SELECT", "reader BEGIN", "reader COMMIT", "reader PRAGMA"}
 
 
 async def test_a_batch_is_one_hop_and_one_transaction(
@@ -905,6 +905,7 @@ async def test_the_log_is_folded_in_when_idle_past_a_size(
     store: SqliteStore, disk: Disk, db: Path
 ) -> None:
     await put(store)
+    disk.statements.clear()
     await store.upkeep(idle=True)
     assert disk.ran("PRAGMA wal_checkpoint") == 0
 
@@ -925,6 +926,7 @@ async def test_the_log_is_folded_in_when_busy_past_a_larger_size(
     store: SqliteStore, disk: Disk
 ) -> None:
     await fill(store, 68)
+    disk.statements.clear()
 
     await store.upkeep(idle=False)
 
@@ -933,6 +935,7 @@ async def test_the_log_is_folded_in_when_busy_past_a_larger_size(
 
 async def test_a_checkpoint_that_fails_hurts_nobody(store: SqliteStore, disk: Disk) -> None:
     await fill(store, 18)
+    disk.statements.clear()
     fault = disk.fail("PRAGMA wal_checkpoint")
 
     await store.upkeep(idle=True)
@@ -953,3 +956,38 @@ async def test_upkeep_of_a_closed_store_does_nothing(db: Path) -> None:
     await store.upkeep(idle=True)
 
     assert not Path(f"{db}-wal").exists()
+
+
+async def test_a_log_that_a_foreign_reader_keeps_from_being_folded_in_is_told_once_per_doubling(
+    store: SqliteStore, db: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[int]:
+        return [record.log_bytes for record in caplog.records if "log_grows" in record.message]
+
+    for name, size in (("_WAL_IDLE", 50_000), ("_WAL_BUSY", 50_000)):
+        monkeypatch.setattr(sqlite, name, size)
+    kept = []
+    with closing(sqlite3.connect(db, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM flows").fetchall()
+        for _ in range(16):
+            await store.commit(
+                [creates(flow_of(store.next_key(), f"{store.next_key()}", state_json=LARGE))]
+            )
+            await store.upkeep(idle=False)
+            kept.append(Path(f"{db}-wal").stat().st_size)
+        while_kept = told()
+        reader.execute("ROLLBACK")
+    for _ in range(3):
+        await put(store, f"after-{store.next_key()}")
+        await store.upkeep(idle=True)
+
+    assert max(kept) > 1_600_000
+    assert len(while_kept) == 4
+    assert all(size > 200_000 * 2**n for n, size in enumerate(while_kept))
+    assert told() == while_kept
+    assert all(record.levelname == "WARNING" for record in caplog.records)
+    assert Path(f"{db}-wal").stat().st_size < 5_000_000
+
+
+LARGE = Raw(b'"' + b"x" * 120_000 + b'"')

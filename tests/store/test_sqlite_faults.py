@@ -94,7 +94,8 @@ async def test_a_commit_that_failed_and_is_not_there_is_told_as_failed(
     assert await reopened(store, db) == ["after", "before"]
 
 
-@at_commit
+# A disk that is full fails before the commit is there.
+@pytest.mark.parametrize("error", [e for name, e in AT_COMMIT.items() if name != "full"], ids=str)
 async def test_a_commit_that_failed_but_is_there_is_told_as_applied(
     store: SqliteStore, disk: Disk, db: Path, error: sqlite3.Error
 ) -> None:
@@ -160,7 +161,7 @@ async def test_the_answer_is_nailed_down_before_it_is_given(store: SqliteStore, 
     with pytest.raises(CommitFailed):
         await put(store, "lost")
 
-    assert disk.ran("UPDATE ownership SET holder = holder") == 1
+    assert disk.ran("UPDATE ownership SET holder = CASE") == 1
     assert disk.ran("COMMIT") == committed + 2
     assert len(disk.writers) == 2
 
@@ -332,7 +333,9 @@ async def test_a_read_that_fails_is_told_and_the_next_one_works(
     await put(store, "after")
 
 
-@pytest.mark.parametrize("statement", ["BEGIN", "SELECT key, doc", "SELECT max(seq)", "COMMIT"])
+@pytest.mark.parametrize(
+    "statement", ["BEGIN", "SELECT f.key", "SELECT count(*), max(seq)", "COMMIT"]
+)
 async def test_a_load_that_fails_leaves_no_read_transaction_open(
     store: SqliteStore, disk: Disk, statement: str
 ) -> None:

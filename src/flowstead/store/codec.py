@@ -3,12 +3,17 @@
 Encoding happens before a write is queued, so a value that cannot be encoded never reaches a batch. Decoding
 checks every type: a row that does not fit raises `SnapshotUnreadable` for itself alone. Unknown fields are
 tolerated, so a file written by a later minor version can still be read.
+
+A row in a file also carries a checksum of its record and of all its other columns: a digit that flipped still
+decodes, and a column that says something else than its record still finds it. Nothing is decoded before the
+checksum fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
+from zlib import crc32
 
 import msgspec
 from msgspec import UNSET
@@ -27,6 +32,7 @@ _task = msgspec.json.Decoder(Task)
 _stored_task = msgspec.json.Decoder(StoredTask)
 _event = msgspec.json.Decoder(Event)
 _any = msgspec.json.Decoder()
+_pack = msgspec.msgpack.Encoder().encode
 
 
 class FlowRow(NamedTuple):
@@ -116,6 +122,82 @@ def task_row(task: StoredTask, *, fresh: bool) -> TaskRow:
 def event_row(flow_key: int, event: Event) -> EventRow:
     """The row of an event that has no position yet."""
     return EventRow(flow_key, event.seq, encode(event).decode())
+
+
+# ---- checksums ------------------------------------------------------------------------------------
+
+
+def crc_of(columns: Sequence[object], doc: bytes) -> int:
+    """The checksum of a record and the columns beside it.
+
+    MessagePack says where each column ends and of what type it is, so no two rows read alike.
+    """
+    return crc32(doc, crc32(_pack(columns)))
+
+
+def flow_crc(row: FlowRow) -> int:
+    """The checksum of a flow's row, `expected_revision` left out."""
+    return crc_of(row[:10], row.doc.encode())
+
+
+def task_crc(row: TaskRow) -> int:
+    """The checksum of a child's row, `fresh` left out."""
+    return crc_of((*row[:6], int(row.launched), row.due_at), row.doc.encode())
+
+
+def event_crc(row: EventRow) -> int:
+    """The checksum of a line of history; its position is mixed in where it is given, see `at_position`."""
+    return crc_of(row[:2], row.doc.encode())
+
+
+def at_position(crc: int, position: int) -> int:
+    """The checksum of an event once it has a position; the same both ways."""
+    return crc ^ position
+
+
+def flow_doc(row: Sequence[Any]) -> bytes:
+    """The document of a stored flow, given all its columns in order, once its checksum fits."""
+    *columns, doc, crc = row
+    return _vouched("flow", columns[2], columns, doc, crc)
+
+
+def task_doc(row: Sequence[Any]) -> bytes:
+    """The document of a stored child, given all its columns in order, once its checksum fits."""
+    *columns, doc, crc = row
+    return _vouched("task", columns[1], columns, doc, crc)
+
+
+def event_doc(row: Sequence[Any]) -> bytes:
+    """The document of a stored event, given all its columns in order, once its checksum fits."""
+    position, flow_key, seq, doc, crc = row
+    crc = at_position(crc, position) if isinstance(crc, int) else crc
+    return _vouched("event", position, (flow_key, seq), doc, crc)
+
+
+def stored_crc(columns: Sequence[object], doc: bytes) -> int | None:
+    """The checksum of columns as a connection without text hands them out; None if some are no text."""
+    try:
+        return crc_of([c.decode() if type(c) is bytes else c for c in columns], doc)
+    except UnicodeDecodeError:
+        return None
+
+
+def _vouched(kind: str, name: object, columns: Sequence[object], doc: object, crc: object) -> bytes:
+    if not isinstance(doc, bytes):
+        told = f"its document is {type(doc).__name__}, not text"
+        raise SnapshotUnreadable(f"{kind} {plain(name)}", told)
+    if crc is None or stored_crc(columns, doc) != crc:
+        told = "its checksum does not fit; the row was damaged, or changed by hand"
+        raise SnapshotUnreadable(f"{kind} {plain(name)}", told)
+    return doc
+
+
+def plain(name: object) -> str:
+    """A text as a connection hands it out, for people."""
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+
+
+# ---- records --------------------------------------------------------------------------------------
 
 
 def read_flow(doc: bytes) -> Flow:

@@ -52,7 +52,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Unreadable(msgspec.Struct, frozen=True, kw_only=True):
-    """One row that could not be read, and why. The row itself is left as it is."""
+    """One row that could not be read, and why. The row itself is left as it is.
+
+    What is wrong with a file as a whole (rows that are gone, a broken index) has `table="file"` and key 0.
+    """
 
     table: str
     key: int
@@ -94,6 +97,8 @@ class Store(Protocol):
     async def commit(self, writes: Sequence[FlowWrite]) -> int:
         """Write all or nothing, durably, and answer the position of the batch's first event.
 
+        A write that raises a flow's revision brings the event that tells of it; nothing is ever taken out.
+
         Raises:
             WriteConflict: One of the writes does not fit the stored rows. Nothing was written.
             CommitFailed: Nothing was written.
@@ -103,7 +108,10 @@ class Store(Protocol):
         ...
 
     async def load(self, keys: Sequence[FlowKey]) -> list[Snapshot | Exception | None]:
-        """Each flow's snapshot, None where there is none, or why that one cannot be read."""
+        """Each flow's snapshot, None where there is none, or why that one cannot be read.
+
+        A snapshot is whole or refused: a store that can lose rows or damage them checks for it here.
+        """
         ...
 
     async def find_flow(self, scope: Scope, flow_id: str) -> Flow | None:
@@ -179,7 +187,7 @@ class Store(Protocol):
         ...
 
     async def list_unreadable(self) -> list[Unreadable]:
-        """Every row that cannot be read. Reads the whole store: for operators."""
+        """Every row that cannot be read, and what else is wrong. Reads the whole store: for operators."""
         ...
 
     async def upkeep(self, *, idle: bool) -> None:

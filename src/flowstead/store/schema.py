@@ -3,15 +3,22 @@
 Each table keeps the whole record as JSON text in `doc`; the other columns exist to find rows by. The views
 spell the records out for people with a SQLite shell. A file is ours if it carries our application id; a file
 of a later schema is refused, an earlier one is brought forward in a single transaction.
+
+SQLite itself notices little of what can happen to a file. So a row has a checksum in `crc`, the ownership row
+says how many rows there are and which file this is, and `inspect` compares before a file is used.
 """
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from flowstead.errors import StoreUnusable
+from flowstead.store import codec
 
 APPLICATION_ID: Final = 0x464C5354  # "FLST"
 
@@ -112,20 +119,88 @@ def _create(connection: sqlite3.Connection) -> None:
             connection.execute(statement)
 
 
-MIGRATIONS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_create,)
+_V2: Final = (
+    "ALTER TABLE flows ADD COLUMN crc INTEGER",
+    "ALTER TABLE tasks ADD COLUMN crc INTEGER",
+    "ALTER TABLE events ADD COLUMN crc INTEGER",
+    "ALTER TABLE ownership ADD COLUMN flows INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE ownership ADD COLUMN tasks INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE ownership ADD COLUMN events INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE ownership ADD COLUMN file TEXT NOT NULL DEFAULT ''",
+    "UPDATE ownership SET flows = (SELECT count(*) FROM flows),"
+    " tasks = (SELECT count(*) FROM tasks), events = (SELECT count(*) FROM events),"
+    " last_position = max(last_position, (SELECT ifnull(max(position), 0) FROM events)),"
+    " file = lower(hex(randomblob(16)))",
+)
+
+# Of each table: what to read in pages, where its checksum goes, and which field of the record each column
+# repeats, from the first on; "-" for a column that repeats none.
+_V2_ROWS: Final = (
+    (
+        "SELECT key, owner_key, flow_id, controller_id, correlation_id, idempotency_key, status,"
+        " ended_at, due_at, revision, doc FROM flows WHERE key > ? ORDER BY key LIMIT 500",
+        "UPDATE flows SET crc = ? WHERE key = ?",
+        "key ownerKey flowId controllerId correlationId idempotencyKey status endedAt - revision",
+    ),
+    (
+        "SELECT key, task_id, flow_key, run_id, status, runtime, launched, due_at, doc FROM tasks"
+        " WHERE key > ? ORDER BY key LIMIT 500",
+        "UPDATE tasks SET crc = ? WHERE key = ?",
+        "key taskId flowKey runId status runtime - nextAttemptAt",
+    ),
+    (
+        "SELECT position, flow_key, seq, doc FROM events"
+        " WHERE position > ? ORDER BY position LIMIT 500",
+        "UPDATE events SET crc = ? WHERE position = ?",
+        "- - seq",
+    ),
+)
+
+
+def _add_checks(connection: sqlite3.Connection) -> None:
+    for statement in _V2:
+        connection.execute(statement)
+    for select, update, fields in _V2_ROWS:
+        last = -(2**63)
+        while page := connection.execute(select, (last,)).fetchall():
+            last = page[-1][0]
+            found = [(_first_crc(row, fields.split()), row[0]) for row in page]
+            connection.executemany(update, found)
+
+
+def _first_crc(row: tuple[Any, ...], fields: list[str]) -> int | None:
+    """The checksum of a row that had none, or None: a row that contradicts itself is not vouched for."""
+    *columns, doc = row
+    try:
+        record = msgspec.json.decode(doc)
+        for field, column in zip(fields, columns, strict=False):
+            stored = column.decode() if isinstance(column, bytes) else column
+            if field != "-" and stored != record.get(field):
+                return None
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, AttributeError, RecursionError):
+        return None
+    if fields[-1] != "seq":
+        return codec.stored_crc(columns, doc)
+    position, *columns = columns
+    return codec.at_position(codec.stored_crc(columns, doc) or 0, position)
+
+
+MIGRATIONS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_create, _add_checks)
 """One step from each version to the next; the n-th leads to version n + 1."""
 
 VERSION: Final = len(MIGRATIONS)
 
 
-def prepare(connection: sqlite3.Connection, name: str) -> None:
+def prepare(connection: sqlite3.Connection, name: str) -> bool:
     """Bring a file to this schema in one transaction, or refuse it and change nothing.
+
+    Answers whether there was anything to do.
 
     Raises:
         StoreUnusable: The file is another program's, or was written by a later version.
     """
     if check(connection, name) == VERSION:
-        return
+        return False
     connection.execute("BEGIN IMMEDIATE")
     try:
         for migrate in MIGRATIONS[check(connection, name) :]:
@@ -137,6 +212,7 @@ def prepare(connection: sqlite3.Connection, name: str) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+    return True
 
 
 def check(connection: sqlite3.Connection, name: str) -> int:
@@ -161,3 +237,86 @@ def check(connection: sqlite3.Connection, name: str) -> int:
     if version < 1:
         raise StoreUnusable(name, "its schema version is missing. It was not changed.")
     return version
+
+
+# ---- is everything there? -------------------------------------------------------------------------
+
+_NAMES: Final = frozenset(
+    b"ownership flows tasks events flows_by_id flows_by_idempotency_key flows_by_owner"
+    b" flows_by_correlation flows_live flows_due tasks_by_flow tasks_by_run tasks_launched tasks_due"
+    b" events_by_flow v_flows v_tasks v_history".split()
+)
+_COUNTERS: Final = ("epoch", "commits", "last_position", "flows", "tasks", "events")
+# None of these reads a record. SQLite counts a table by its smallest index, page by page.
+_COUNTS: Final = (
+    ("flows", "SELECT count(*) FROM flows"),
+    ("tasks", "SELECT count(*) FROM tasks"),
+    ("events", "SELECT count(*) FROM events"),
+    # The other indexes that know every row: one that lost an entry would hide a row there is.
+    ("flows", "SELECT count(flow_id) FROM flows INDEXED BY flows_by_id"),
+    ("tasks", "SELECT count(status) FROM tasks INDEXED BY tasks_by_flow"),
+)
+
+
+def inspect(connection: sqlite3.Connection, name: str, *, whole: bool) -> None:
+    """See that nothing is missing from a file that is ours; reads only. An older one knows of no totals.
+
+    With `whole`, every page and every entry of every index is looked at: as slow as the file is long.
+
+    Raises:
+        StoreUnusable: Something is missing, or the file's structure is broken.
+        sqlite3.DatabaseError: It is so broken that SQLite gave up.
+    """
+    if whole and (problems := find_faults(connection)):
+        raise StoreUnusable(name, f"it is damaged ({problems[0]}). It was left as it is.")
+    if check(connection, name) == VERSION and (missing := find_missing(connection)):
+        told = ", ".join(missing)
+        raise StoreUnusable(name, f"it is damaged ({told}). It was left as it is.")
+
+
+def find_faults(connection: sqlite3.Connection) -> list[str]:
+    """What SQLite finds wrong with pages and indexes, in its own words. Reads the whole file."""
+    # A column with a value that does not belong there is one row's fault, and that row's checksum tells.
+    return [
+        text
+        for (line,) in connection.execute("PRAGMA integrity_check").fetchall()
+        if (text := codec.plain(line)) != "ok" and " value in " not in text
+    ]
+
+
+def find_missing(connection: sqlite3.Connection) -> list[str]:
+    """What the ownership row says should be there and is not, in plain words. Reads no record."""
+    found = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+    if gone := sorted(_NAMES - found):
+        return [f"{gone[0].decode()} is missing"]
+    rows = connection.execute(
+        "SELECT epoch, commits, last_position, flows, tasks, events FROM ownership"
+    ).fetchall()
+    if len(rows) != 1:
+        return ["its ownership row is missing"]
+    if not all(type(value) is int and value >= 0 for value in rows[0]):
+        return ["its ownership row says no numbers"]
+    said = dict(zip(_COUNTERS, rows[0], strict=True))
+    missing = []
+    for table, statement in _COUNTS:
+        [(count,)] = connection.execute(statement).fetchall()
+        if count < said[table]:
+            missing.append(f"{said[table] - count} of {said[table]} {table} are missing")
+        elif count > said[table]:
+            missing.append(f"there are {count} {table}, and {said[table]} were written")
+    missing = list(dict.fromkeys(missing))
+    [(newest,)] = connection.execute("SELECT ifnull(max(position), 0) FROM events").fetchall()
+    if newest != said["last_position"] and not missing:
+        missing.append(f"the newest event is {newest}, and {said['last_position']} were written")
+    return missing
+
+
+def file_id(connection: sqlite3.Connection) -> bytes | None:
+    """Which file this is; None where that cannot be said, as when power was cut while the page was written."""
+    try:
+        found = connection.execute("SELECT file FROM ownership").fetchall()
+    except sqlite3.DatabaseError:
+        return None
+    name = found[0][0] if found else None
+    # Read without its log a page may be torn: only what looks like an id is one.
+    return name if isinstance(name, bytes) and re.fullmatch(b"[0-9a-f]{32}", name) else None

@@ -10,17 +10,21 @@ every transaction checks, so that a process that was frozen and overtaken finds 
 When COMMIT itself fails on the disk nobody knows whether the batch is there. The writer is then opened anew,
 the commit counter is read back, and one more small transaction nails what was found: whatever stale frames
 the failed commit left in the WAL are overwritten. Only then is the caller told yes or no.
+
+A file is inspected before it is touched. One of moderate size is checked whole; of a larger one the rows are
+counted, and every read checks what it reads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 
 import aiosqlite
 import anyio
@@ -34,6 +38,7 @@ from flowstead.errors import (
     StoreUnusable,
     WriteConflict,
 )
+from flowstead.log import get_logger
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow, FlowKey
 from flowstead.model.task import Task, TaskSummary
@@ -53,11 +58,31 @@ T = TypeVar("T")
 Durability: TypeAlias = Literal["full", "normal"]
 Connect: TypeAlias = Callable[..., sqlite3.Connection]
 
+log = get_logger(__name__)
+
 _BUSY_TIMEOUT_SECONDS: Final = 5.0
 _HEADER_BYTES: Final = 100
 _WAL_KEPT: Final = 4 * 1024 * 1024
 _WAL_IDLE: Final = 16 * 1024 * 1024
 _WAL_BUSY: Final = 64 * 1024 * 1024
+_CHECKED_WHOLE: Final = 32 * 1024 * 1024
+
+
+class Worker(Protocol):
+    """A connection, and whatever runs functions on it one after another."""
+
+    @classmethod
+    async def connect(cls, connector: Callable[[], sqlite3.Connection]) -> Worker:
+        """A connection whose connector has run."""
+        ...
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run `function(connection, *args)`. Cancelling the caller does not stop the function."""
+        ...
+
+    async def close(self) -> None:
+        """Run what waits, and close the connection."""
+        ...
 
 
 class WorkerConnection(aiosqlite.Connection):
@@ -84,7 +109,9 @@ class WorkerConnection(aiosqlite.Connection):
                 if not opening.cancelled() and opening.exception() is None:
                     await connection.close()
             raise
-        except Exception:
+        except Exception as error:
+            if connection._thread.ident is None:
+                raise OSError(errno.EAGAIN, "no thread can be started") from error
             # The connector has returned, so its thread is about to end; nothing of it should outlast us.
             connection._thread.join()
             raise
@@ -112,6 +139,7 @@ class SqliteStore:
         durability: `full` survives a power cut, `normal` survives the death of the process and may lose the
             newest commits in a power cut, never corrupting the file.
         connect: How connections are made; for tests that need a failing disk.
+        worker: What runs them; for tests that need no threads.
     """
 
     def __init__(
@@ -120,6 +148,7 @@ class SqliteStore:
         *,
         durability: Durability = "full",
         connect: Connect = sqlite3.connect,
+        worker: type[Worker] | None = None,
     ) -> None:
         if durability not in ("full", "normal"):
             raise ValueError(f"durability must be 'full' or 'normal', not {durability!r}.")
@@ -127,13 +156,15 @@ class SqliteStore:
         self._wal = self._path.with_name(self._path.name + "-wal")
         self._synchronous = durability.upper()
         self._connect = connect
+        self._worker = worker or WorkerConnection
         self._lock = OwnerLock(self._path)
-        self._writer: WorkerConnection | None = None
-        self._reader: WorkerConnection | None = None
+        self._writer: Worker | None = None
+        self._reader: Worker | None = None
         self._is_open = False
         self._epoch = 0
         self._key = 0
         self._checkpointed = True
+        self._tolerated = 0
         self._lost: StoreInUse | None = None
 
     @property
@@ -147,14 +178,26 @@ class SqliteStore:
             raise StoreInUse(self.name, "this very runtime")
         self._is_open, self._lost = True, None
         try:
-            self._writer = await WorkerConnection.connect(partial(self._open_writer, takeover))
-            self._reader = await WorkerConnection.connect(self._open_reader)
-        except BaseException:
+            self._writer = await self._worker.connect(partial(self._open_writer, takeover))
+            self._reader = await self._worker.connect(self._open_reader)
+        except BaseException as error:
             await self.aclose()
+            if isinstance(error, OSError):
+                raise _unusable(self.name, error) from error
             raise
 
     async def aclose(self) -> None:
         self._is_open = False
+        closing = asyncio.ensure_future(self._let_go())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            # Half closed, a connection would be left to nobody.
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({closing})
+            raise
+
+    async def _let_go(self) -> None:
         reader, self._reader = self._reader, None
         writer, self._writer = self._writer, None
         try:
@@ -170,10 +213,12 @@ class SqliteStore:
             if not self._path.parent.is_dir():
                 raise StoreUnusable(self.name, f"its directory {self._path.parent} does not exist.")
             self._lock.acquire(takeover=takeover)
-            self._look_or_make()
+            self._look_or_make(takeover)
             connection = self._connect_writer()
             try:
-                schema.prepare(connection, self.name)
+                if schema.prepare(connection, self.name):
+                    # Without its log a file must never pass for one that nobody has used yet.
+                    _checkpoint(connection)
                 self._take_ownership(connection)
                 self._lock.confirm()
             except BaseException:
@@ -184,7 +229,7 @@ class SqliteStore:
             raise _unusable(self.name, error) from error
         return connection
 
-    def _look_or_make(self) -> None:
+    def _look_or_make(self, takeover: bool) -> None:
         """Look before anything is touched: a file that is refused stays as it is, log and all.
 
         A new file is private from its first moment, and nothing ever starts empty over what was left behind.
@@ -204,12 +249,43 @@ class SqliteStore:
         elif 0 < size < _HEADER_BYTES:
             raise StoreUnusable(self.name, "it is damaged (too short). It was left as it is.")
         elif size:
+            if self._wal.exists() and not takeover:
+                self._compare_with_log()
             # Without a log there is nothing to recover, and nothing need be made to look.
             onlooker = self._connect_to("ro" if self._wal.exists() else "ro&immutable=1")
             try:
-                schema.check(onlooker, self.name)
+                self._inspect(onlooker, size)
             finally:
                 onlooker.close()
+
+    def _inspect(self, onlooker: sqlite3.Connection, size: int) -> None:
+        onlooker.execute("PRAGMA trusted_schema = OFF")
+        onlooker.execute("PRAGMA cell_size_check = ON")
+        if self._wal.exists():
+            size += self._wal.stat().st_size
+        onlooker.execute("BEGIN")
+        if schema.check(onlooker, self.name):
+            schema.inspect(onlooker, self.name, whole=size <= _CHECKED_WHOLE)
+        onlooker.execute("ROLLBACK")
+
+    def _compare_with_log(self) -> None:
+        """Refuse a log that belongs to another file: SQLite would lay its pages over this one's.
+
+        Not in a takeover: closing the second connection would drop locks of an owner in this very process.
+        """
+        ids = []
+        for mode in ("ro", "ro&immutable=1"):
+            connection = self._connect_to(mode)
+            try:
+                ids.append(schema.file_id(connection))
+            finally:
+                connection.close()
+        if None not in ids and ids[0] != ids[1]:
+            raise StoreUnusable(
+                self.name,
+                f"the log {self._wal.name} belongs to another file. Put its own log in its place, or"
+                " move this one away. Neither was changed.",
+            )
 
     def _connect_to(self, mode: str) -> sqlite3.Connection:
         """A connection to a file that is there; SQLite must never make one by itself."""
@@ -334,9 +410,9 @@ class SqliteStore:
             raise CommitFailed(f"{self.name} was not written: {unclear.__cause__}.") from unclear
         return unclear.first_position
 
-    async def _open_again(self) -> WorkerConnection:
+    async def _open_again(self) -> Worker:
         """A new writer after the disk failed."""
-        self._writer = await WorkerConnection.connect(self._connect_writer)
+        self._writer = await self._worker.connect(self._connect_writer)
         return self._writer
 
     async def _drop_writer(self) -> None:
@@ -351,12 +427,29 @@ class SqliteStore:
         if self._checkpointed or self._writer is None or self._lost is not None:
             return
         try:
-            if self._wal.stat().st_size > (_WAL_IDLE if idle else _WAL_BUSY):
+            size = self._wal.stat().st_size
+            if size > (_WAL_IDLE if idle else _WAL_BUSY):
                 await self._writer.run(_checkpoint)
                 self._checkpointed = True
         except (OSError, sqlite3.Error):
             # The log keeps everything; it can be folded back another time.
             return
+        self._watch_log(size)
+
+    def _watch_log(self, size: int) -> None:
+        """Tell, once per doubling, that somebody's long read keeps the log from being folded back."""
+        if size <= 4 * _WAL_BUSY:
+            self._tolerated = 4 * _WAL_BUSY
+        elif size > self._tolerated:
+            while size > self._tolerated:
+                self._tolerated = max(4 * _WAL_BUSY, 2 * self._tolerated)
+            log.warning(
+                "store.log_grows",
+                store=self.name,
+                log_bytes=size,
+                usual_bytes=_WAL_BUSY,
+                cause="a reader that does not end",
+            )
 
     # ---- reading ----------------------------------------------------------------------------------
 
@@ -444,7 +537,10 @@ def _nail(connection: sqlite3.Connection, epoch: int) -> int:
     try:
         connection.execute("BEGIN IMMEDIATE")
         nailed = connection.execute(
-            "UPDATE ownership SET holder = holder WHERE id = 1 AND epoch = ?", (epoch,)
+            # It has to change a byte: SQLite leaves a page alone that stays as it is, and commits nothing.
+            "UPDATE ownership SET holder = CASE holder WHEN rtrim(holder) THEN holder || ' '"
+            " ELSE rtrim(holder) END WHERE id = 1 AND epoch = ?",
+            (epoch,),
         )
         if nailed.rowcount != 1:
             raise Overtaken

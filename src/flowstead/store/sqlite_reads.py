@@ -2,6 +2,10 @@
 
 Statements are put together from constants only; every value is a parameter. A scope of one owner becomes a
 condition of the statement itself, never a filter afterwards.
+
+A record is decoded only once its row's checksum fits. The checksum covers the columns a row is found by, so an
+index that leads to the wrong row is found out by the row. What has no record to decode is compared between
+index and table.
 """
 
 from __future__ import annotations
@@ -12,9 +16,15 @@ from typing import Any, Final, TypeVar
 
 from flowstead.errors import SnapshotUnreadable
 from flowstead.model.event import Event
-from flowstead.model.flow import Flow, FlowKey
-from flowstead.model.task import Task, TaskSummary
-from flowstead.store import codec
+from flowstead.model.flow import Flow, FlowKey, StoredFlow
+from flowstead.model.task import (
+    ACTIVE_TASK_STATUSES,
+    StoredTask,
+    Task,
+    TaskStatus,
+    TaskSummary,
+)
+from flowstead.store import codec, schema
 from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
 from flowstead.store.sqlite_writes import roll_back
 from flowstead.store.summary import count_tasks
@@ -22,6 +32,14 @@ from flowstead.store.summary import count_tasks
 T = TypeVar("T")
 
 _PAGE: Final = 500
+_FLOW: Final = (
+    "f.key, f.owner_key, f.flow_id, f.controller_id, f.correlation_id, f.idempotency_key, f.status,"
+    " f.ended_at, f.due_at, f.revision, f.doc, f.crc"
+)
+_TASK: Final = "t.key, t.task_id, t.flow_key, t.run_id, t.status, t.runtime, t.launched, t.due_at, t.doc, t.crc"
+_EVENT: Final = "e.position, e.flow_key, e.seq, e.doc, e.crc"
+_ACTIVE: Final = frozenset(status.value.encode() for status in ACTIVE_TASK_STATUSES)
+_STATUSES: Final = frozenset(status.value.encode() for status in TaskStatus)
 _LAST_SEQ: Final = "SELECT max(seq) FROM events WHERE flow_key = ? AND typeof(seq) = 'integer'"
 
 
@@ -37,6 +55,11 @@ def load(
                 found.append(_load_one(connection, key))
             except SnapshotUnreadable as error:
                 found.append(error)
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+                    raise
+                # A broken page takes along those whose rows were in it, and nobody else.
+                found.append(SnapshotUnreadable(f"flow {key.flow_id}", f"{error}"))
         connection.execute("COMMIT")
     finally:
         roll_back(connection)
@@ -45,37 +68,91 @@ def load(
 
 def _load_one(connection: sqlite3.Connection, key: FlowKey) -> Snapshot | None:
     row = connection.execute(
-        "SELECT key, doc FROM flows WHERE owner_key = ? AND flow_id = ?",
+        "SELECT " + _FLOW + " FROM flows AS f WHERE f.owner_key = ? AND f.flow_id = ?",
         (key.owner_key, key.flow_id),
     ).fetchone()
     if row is None:
         return None
-    flow_key, doc = row
-    flow = codec.read_stored_flow(_text(doc))
-    active = connection.execute(
-        "SELECT doc FROM tasks WHERE flow_key = ? AND status IN ('queued', 'running') ORDER BY key",
-        (flow_key,),
-    ).fetchall()
-    run_ids = connection.execute(
-        "SELECT run_id, task_id FROM tasks WHERE flow_key = ? AND run_id IS NOT NULL", (flow_key,)
-    ).fetchall()
-    (last_seq,) = connection.execute(_LAST_SEQ, (flow_key,)).fetchone()
+    doc = codec.flow_doc(row)
+    flow = codec.read_stored_flow(doc)
+    active, run_ids = _children(connection, flow)
     return Snapshot(
         flow=flow,
         doc=doc,
-        active=[codec.read_stored_task(_text(doc)) for (doc,) in active],
-        run_ids=[(_id(run_id), _id(task_id)) for run_id, task_id in run_ids],
-        last_seq=last_seq or 0,
+        active=active,
+        run_ids=run_ids,
+        last_seq=_whole_history(connection, flow),
     )
+
+
+def _children(
+    connection: sqlite3.Connection, flow: StoredFlow
+) -> tuple[list[StoredTask], list[tuple[str, str]]]:
+    """A flow's active children, and every run id it has used.
+
+    All rows are checked: one that only seems to have ended, or whose run id is another, is work done twice.
+    """
+    rows = connection.execute(
+        "SELECT " + _TASK + " FROM tasks AS t INDEXED BY tasks_by_flow WHERE t.flow_key = ?",
+        (flow.key,),
+    )
+    active: list[StoredTask] = []
+    run_ids: list[tuple[str, str]] = []
+    try:
+        for row in rows:
+            doc = codec.task_doc(row)
+            if row[4] in _ACTIVE:
+                active.append(codec.read_stored_task(doc))
+            if row[3] is not None:
+                run_ids.append((_id(row[3]), _id(row[1])))
+    finally:
+        rows.close()
+    (named,) = connection.execute(
+        "SELECT count(*) FROM tasks INDEXED BY tasks_by_run"
+        " WHERE flow_key = ? AND run_id IS NOT NULL",
+        (flow.key,),
+    ).fetchone()
+    if named != len(run_ids):
+        raise SnapshotUnreadable(f"flow {flow.flow_id}", "some of its tasks are missing")
+    active.sort(key=lambda task: task.key)
+    return active, run_ids
+
+
+def _whole_history(connection: sqlite3.Connection, flow: StoredFlow) -> int:
+    """The number of a flow's newest event, once none is missing before it nor, as the revision tells, after."""
+    count, last = connection.execute(
+        "SELECT count(*), max(seq) FROM events WHERE flow_key = ?", (flow.key,)
+    ).fetchone()
+    if count == 0 or count != last:
+        raise SnapshotUnreadable(f"flow {flow.flow_id}", "some of its history is missing")
+    row = connection.execute(
+        "SELECT " + _EVENT + " FROM events AS e WHERE e.flow_key = ? AND e.seq = ?",
+        (flow.key, last),
+    ).fetchone()
+    if row is None or codec.read_event(codec.event_doc(row), 0).revision != flow.revision:
+        raise SnapshotUnreadable(f"flow {flow.flow_id}", "the end of its history is missing")
+    return int(last)
 
 
 def find_flow(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> Flow | None:
     """One flow by its whole id."""
     where, values = _scoped(scope, ["f.flow_id = ?"], [flow_id])
     row = connection.execute(
-        "SELECT f.doc FROM flows AS f" + where + " ORDER BY f.key DESC LIMIT 1", values
+        "SELECT " + _FLOW + " FROM flows AS f" + where + " ORDER BY f.key DESC LIMIT 1", values
     ).fetchone()
-    return None if row is None else codec.read_flow(_text(row[0]))
+    return None if row is None else _flow(*row)
+
+
+def _flow(*row: object) -> Flow:
+    return codec.read_flow(codec.flow_doc(row))
+
+
+def _task(*row: object) -> Task:
+    return codec.read_task(codec.task_doc(row))
+
+
+def _event(*row: Any) -> Event:
+    return codec.read_event(codec.event_doc(row), row[0])
 
 
 def key_of(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int | None:
@@ -84,7 +161,13 @@ def key_of(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int | 
     row = connection.execute(
         "SELECT f.key FROM flows AS f" + where + " ORDER BY f.key DESC LIMIT 1", values
     ).fetchone()
-    return None if row is None else int(row[0])
+    if row is None:
+        return None
+    # Found by the index; the row itself has to say the same, or another flow's children would be shown.
+    named = connection.execute("SELECT owner_key, flow_id FROM flows WHERE key = ?", row).fetchone()
+    if named is None or _id(named[1]) != flow_id or scope.owner_key not in (None, _id(named[0])):
+        raise SnapshotUnreadable(f"flow {flow_id}", "its index leads to another row")
+    return int(row[0])
 
 
 def find_by_idempotency_key(
@@ -92,9 +175,10 @@ def find_by_idempotency_key(
 ) -> FlowKey | None:
     """The flow an idempotency key was first used for."""
     row = connection.execute(
-        "SELECT flow_id FROM flows WHERE owner_key = ? AND idempotency_key = ?", (owner_key, key)
+        "SELECT " + _FLOW + " FROM flows AS f WHERE f.owner_key = ? AND f.idempotency_key = ?",
+        (owner_key, key),
     ).fetchone()
-    return None if row is None else FlowKey(owner_key, _id(row[0]))
+    return None if row is None else FlowKey(owner_key, _flow(*row).flow_id)
 
 
 def list_flows(
@@ -124,9 +208,9 @@ def list_flows(
         values.append(query.before_key)
     where, values = _scoped(scope, conditions, values)
     rows = connection.execute(
-        "SELECT f.doc FROM flows AS f" + where + " ORDER BY f.key DESC", values
+        "SELECT " + _FLOW + " FROM flows AS f" + where + " ORDER BY f.key DESC", values
     )
-    return _readable(rows, lambda doc: codec.read_flow(_text(doc)), limit)
+    return _readable(rows, _flow, limit)
 
 
 def _readable(rows: sqlite3.Cursor, read: Callable[..., T], limit: int) -> list[T]:
@@ -159,14 +243,17 @@ def find_task(
     """One child and the flow it belongs to."""
     where, values = _scoped(scope, ["t.task_id = ?"], [task_id])
     row = connection.execute(
-        "SELECT f.owner_key, f.flow_id, t.doc FROM tasks AS t JOIN flows AS f ON f.key = t.flow_key"
-        + where,
+        "SELECT f.owner_key, f.flow_id, " + _TASK + " FROM tasks AS t"
+        " JOIN flows AS f ON f.key = t.flow_key" + where,
         values,
     ).fetchone()
     if row is None:
         return None
-    owner_key, flow_id, doc = row
-    return FlowKey(_id(owner_key), _id(flow_id)), codec.read_task(_text(doc))
+    owner_key, flow_id, *columns = row
+    task = _task(*columns)
+    if key_of(connection, Scope(_id(owner_key)), task.flow_id) != columns[2]:
+        raise SnapshotUnreadable(f"task {task_id}", "the row of its flow is damaged")
+    return FlowKey(_id(owner_key), _id(flow_id)), task
 
 
 def list_tasks(
@@ -183,7 +270,7 @@ def list_tasks(
     wanted = [None] if task_ids is None else _pages(list(dict.fromkeys(task_ids)))
     found = [row for page in wanted for row in _tasks(connection, flow_key, statuses, page)]
     found.sort(key=lambda row: row[0])
-    return [codec.read_task(_text(doc)) for _, doc in found]
+    return [_task(*row) for row in found]
 
 
 def _pages(values: list[str]) -> list[list[str]]:
@@ -195,14 +282,16 @@ def _tasks(
     flow_key: int,
     statuses: Collection[str],
     task_ids: Collection[str] | None,
-) -> list[tuple[int, bytes]]:
-    where, values = "flow_key = ?", [flow_key, *statuses]
+) -> list[tuple[Any, ...]]:
+    where, values = "t.flow_key = ?", [flow_key, *statuses]
     if statuses:
-        where += " AND " + _one_of("status", statuses)
+        where += " AND " + _one_of("t.status", statuses)
     if task_ids is not None:
-        where += " AND " + _one_of("task_id", task_ids)
+        where += " AND " + _one_of("t.task_id", task_ids)
         values.extend(task_ids)
-    return connection.execute("SELECT key, doc FROM tasks WHERE " + where, values).fetchall()
+    return connection.execute(
+        "SELECT " + _TASK + " FROM tasks AS t WHERE " + where, values
+    ).fetchall()
 
 
 def summarize(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> TaskSummary | None:
@@ -214,6 +303,8 @@ def summarize(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> Tas
         "SELECT status, runtime, count(*) FROM tasks WHERE flow_key = ? GROUP BY status, runtime",
         (flow_key,),
     ).fetchall()
+    if not _STATUSES.issuperset(status for status, _, _ in rows):
+        raise SnapshotUnreadable(f"flow {flow_id}", "the row of one of its tasks is damaged")
     counted = [(_id(status), _id(runtime), count) for status, runtime, count in rows]
     return count_tasks(counted)
 
@@ -223,14 +314,10 @@ def history(
 ) -> list[Event]:
     """A flow's events in order."""
     rows = connection.execute(
-        "SELECT doc, position FROM events WHERE flow_key = ? AND seq > ? ORDER BY seq",
+        "SELECT " + _EVENT + " FROM events AS e WHERE e.flow_key = ? AND e.seq > ? ORDER BY e.seq",
         (key_of(connection, scope, flow_id), after_seq),
     )
     return _readable(rows, _event, limit)
-
-
-def _event(doc: object, position: int) -> Event:
-    return codec.read_event(_text(doc), position)
 
 
 def last_seq(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int:
@@ -245,12 +332,21 @@ def events_after(
     """Events of all flows in scope, in commit order."""
     where, values = _scoped(scope, ["e.position > ?"], [position])
     rows = connection.execute(
-        "SELECT e.doc, e.position FROM events AS e JOIN flows AS f ON f.key = e.flow_key"
+        "SELECT f.flow_id, "
+        + _EVENT
+        + " FROM events AS e JOIN flows AS f ON f.key = e.flow_key"
         + where
         + " ORDER BY e.position",
         values,
     )
-    return _readable(rows, _event, limit)
+    return _readable(rows, _event_of, limit)
+
+
+def _event_of(flow_id: object, *row: Any) -> Event:
+    event = _event(*row)
+    if event.flow_id != _id(flow_id):
+        raise SnapshotUnreadable(f"event {row[0]}", "it leads to another flow")
+    return event
 
 
 def last_position(connection: sqlite3.Connection) -> int:
@@ -308,20 +404,59 @@ def count_by_controller(connection: sqlite3.Connection) -> dict[str, int]:
 
 
 def list_unreadable(connection: sqlite3.Connection) -> list[Unreadable]:
-    """Every row whose record cannot be read."""
-    tables: list[tuple[str, str, Any]] = [
-        ("flows", "SELECT key, doc FROM flows", codec.read_stored_flow),
-        ("tasks", "SELECT key, doc FROM tasks", codec.read_stored_task),
-        ("events", "SELECT position, doc FROM events", lambda doc: codec.read_event(doc, 0)),
-    ]
+    """Every row whose record cannot be read, and what is wrong with the file as a whole, under key 0."""
     found = []
-    for table, statement, read in tables:
-        for key, doc in connection.execute(statement):
-            try:
-                read(_text(doc))
-            except SnapshotUnreadable as error:
-                found.append(Unreadable(table=table, key=key, problem=str(error)))
-    return found
+    for table, statement, read in (
+        ("flows", "SELECT " + _FLOW + " FROM flows AS f", _stored_flow),
+        ("tasks", "SELECT " + _TASK + " FROM tasks AS t", _stored_task),
+        ("events", "SELECT " + _EVENT + " FROM events AS e", _event),
+    ):
+        try:
+            for row in connection.execute(statement):
+                try:
+                    read(*row)
+                except SnapshotUnreadable as error:
+                    found.append(Unreadable(table=table, key=row[0], problem=str(error)))
+        except sqlite3.DatabaseError as error:
+            told = f"{table} cannot be read to the end: {error}"
+            found.append(Unreadable(table="file", key=0, problem=told))
+    found += _orphans(connection)
+    return found + [Unreadable(table="file", key=0, problem=told) for told in _ails(connection)]
+
+
+def _orphans(connection: sqlite3.Connection) -> list[Unreadable]:
+    """Children whose flow is not there: nobody finds them, so nobody would miss them."""
+    try:
+        rows = connection.execute(
+            "SELECT t.key, t.task_id FROM tasks AS t LEFT JOIN flows AS f ON f.key = t.flow_key"
+            " WHERE f.key IS NULL"
+        ).fetchall()
+    except sqlite3.DatabaseError:
+        # A table that cannot be read to its end is told of already.
+        return []
+    return [
+        Unreadable(table="tasks", key=key, problem=f"task {_id(task_id)} belongs to no flow")
+        for key, task_id in rows
+    ]
+
+
+def _ails(connection: sqlite3.Connection) -> list[str]:
+    """What is wrong with the file beyond single rows. SQLite may give up in the midst of looking."""
+    told = []
+    for look in (schema.find_missing, schema.find_faults):
+        try:
+            told += look(connection)
+        except sqlite3.DatabaseError as error:
+            told.append(str(error))
+    return told
+
+
+def _stored_flow(*row: object) -> object:
+    return codec.read_stored_flow(codec.flow_doc(row))
+
+
+def _stored_task(*row: object) -> object:
+    return codec.read_stored_task(codec.task_doc(row))
 
 
 def _scoped(scope: Scope, conditions: list[str], values: list[Any]) -> tuple[str, list[Any]]:
@@ -339,10 +474,3 @@ def _one_of(column: str, values: Collection[object]) -> str:
 def _id(value: object) -> str:
     """An identifier column; damaged bytes become a name that matches nothing rather than an error."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _text(doc: object) -> bytes:
-    """A document as it came from a column whose declared type SQLite does not enforce."""
-    if not isinstance(doc, bytes):
-        raise SnapshotUnreadable("a row", f"its document is {type(doc).__name__}, not text")
-    return doc

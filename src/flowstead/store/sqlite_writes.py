@@ -3,7 +3,11 @@
 BEGIN, every row, COMMIT and the rollback are in here together, so nothing that happens on the event loop can
 leave a transaction open. The first statement updates the ownership row under this owner's epoch: no row
 touched means somebody has taken over, and the batch is not written. The same row counts commits and events,
-so that positions follow from the file alone, and a commit whose answer was lost can be looked up afterwards.
+so that positions follow from the file alone, and a commit whose answer was lost can be looked up afterwards;
+and it counts all rows ever put in, so that rows that vanish are missed. Nothing is ever taken out.
+
+Checksums are of the row as it should be: an update leaves columns alone that never change, and if one of
+those was damaged, the new checksum does not fit it either.
 """
 
 from __future__ import annotations
@@ -12,21 +16,22 @@ import sqlite3
 from collections.abc import Sequence
 
 from flowstead.errors import WriteConflict
+from flowstead.store import codec
 from flowstead.store.codec import FlowWrite
 
 _FENCE = (
-    "UPDATE ownership SET commits = commits + 1, last_position = last_position + ?"
-    " WHERE id = 1 AND epoch = ?"
+    "UPDATE ownership SET commits = commits + 1, last_position = last_position + ?1,"
+    " flows = flows + ?2, tasks = tasks + ?3, events = events + ?1 WHERE id = 1 AND epoch = ?4"
 )
 _COUNTS = "SELECT commits, last_position FROM ownership"
-_INSERT_FLOW = "INSERT INTO flows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_FLOW = "INSERT INTO flows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UPDATE_FLOW = (
-    "UPDATE flows SET status = ?, ended_at = ?, due_at = ?, revision = ?, doc = ?"
+    "UPDATE flows SET status = ?, ended_at = ?, due_at = ?, revision = ?, doc = ?, crc = ?"
     " WHERE key = ? AND revision = ?"
 )
-_INSERT_TASK = "INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_UPDATE_TASK = "UPDATE tasks SET status = ?, due_at = ?, doc = ? WHERE key = ?"
-_INSERT_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?)"
+_INSERT_TASK = "INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_UPDATE_TASK = "UPDATE tasks SET status = ?, due_at = ?, doc = ?, crc = ? WHERE key = ?"
+_INSERT_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?)"
 
 
 class Overtaken(Exception):
@@ -54,18 +59,17 @@ def write_batch(connection: sqlite3.Connection, epoch: int, writes: Sequence[Flo
         CommitUnclear: Unknown; look for its number.
         sqlite3.Error: Nothing was written.
     """
-    events = [row for write in writes for row in write.events]
+    rows = _Rows(writes)
+    added = len(rows.new_events), len(rows.new_flows), len(rows.new_tasks)
     try:
         connection.execute("BEGIN IMMEDIATE")
-        if connection.execute(_FENCE, (len(events), epoch)).rowcount != 1:
+        if connection.execute(_FENCE, (*added, epoch)).rowcount != 1:
             raise Overtaken
         # Read to the end, because an open statement would keep the transaction from committing.
         [(number, last)] = connection.execute(_COUNTS).fetchall()
-        first = last - len(events) + 1
-        _write_flows(connection, writes)
-        _write_tasks(connection, writes)
-        numbered = [(first + index, *event) for index, event in enumerate(events)]
-        connection.executemany(_INSERT_EVENT, numbered)
+        first = last - len(rows.new_events) + 1
+        _write_rows(connection, rows)
+        connection.executemany(_INSERT_EVENT, rows.numbered_from(first))
     except BaseException as error:
         if not roll_back(connection):
             raise ConnectionSpoiled(str(error)) from error
@@ -73,36 +77,64 @@ def write_batch(connection: sqlite3.Connection, epoch: int, writes: Sequence[Flo
     try:
         connection.execute("COMMIT")
     except sqlite3.Error as error:
-        roll_back(connection)
+        if roll_back(connection) and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+            # The page that says "committed" is written last, and did not fit: nothing unclear about it.
+            raise
         raise CommitUnclear(number, first) from error
     return int(first)
 
 
-def _write_flows(connection: sqlite3.Connection, writes: Sequence[FlowWrite]) -> None:
-    rows = [write.flow for write in writes if write.flow is not None]
-    created = [row[:11] for row in rows if row.expected_revision is None]
-    changed = [
-        (r.status, r.ended_at, r.due_at, r.revision, r.doc, r.key, r.expected_revision)
-        for r in rows
-        if r.expected_revision is not None
-    ]
-    if created:
-        connection.executemany(_INSERT_FLOW, created)
-    if changed:
-        written = connection.executemany(_UPDATE_FLOW, changed).rowcount
-        if written != len(changed):
+class _Rows:
+    """What a batch writes, in the order of the statements' columns; made before the transaction begins."""
+
+    def __init__(self, writes: Sequence[FlowWrite]) -> None:
+        flows = [write.flow for write in writes if write.flow is not None]
+        tasks = [row for write in writes for row in write.tasks]
+        self.new_flows = [
+            (*row[:11], codec.flow_crc(row)) for row in flows if row.expected_revision is None
+        ]
+        self.flows = [
+            (
+                row.status,
+                row.ended_at,
+                row.due_at,
+                row.revision,
+                row.doc,
+                codec.flow_crc(row),
+                row.key,
+                row.expected_revision,
+            )
+            for row in flows
+            if row.expected_revision is not None
+        ]
+        self.new_tasks = [(*row[:9], codec.task_crc(row)) for row in tasks if row.fresh]
+        self.tasks = [
+            (row.status, row.due_at, row.doc, codec.task_crc(row), row.key)
+            for row in tasks
+            if not row.fresh
+        ]
+        self.new_events = [(*row, codec.event_crc(row)) for write in writes for row in write.events]
+
+    def numbered_from(self, first: int) -> list[tuple[int, int, int, str, int]]:
+        """The events with their positions."""
+        return [
+            (position, flow_key, seq, doc, codec.at_position(crc, position))
+            for position, (flow_key, seq, doc, crc) in enumerate(self.new_events, first)
+        ]
+
+
+def _write_rows(connection: sqlite3.Connection, rows: _Rows) -> None:
+    if rows.new_flows:
+        connection.executemany(_INSERT_FLOW, rows.new_flows)
+    if rows.flows:
+        written = connection.executemany(_UPDATE_FLOW, rows.flows).rowcount
+        if written != len(rows.flows):
             raise WriteConflict("A stored flow is not at the revision it was read at.")
-
-
-def _write_tasks(connection: sqlite3.Connection, writes: Sequence[FlowWrite]) -> None:
-    rows = [row for write in writes for row in write.tasks]
-    created = [row[:9] for row in rows if row.fresh]
-    changed = [(row.status, row.due_at, row.doc, row.key) for row in rows if not row.fresh]
-    if created:
-        connection.executemany(_INSERT_TASK, created)
-    if changed:
-        written = connection.executemany(_UPDATE_TASK, changed).rowcount
-        if written != len(changed):
+    if rows.new_tasks:
+        connection.executemany(_INSERT_TASK, rows.new_tasks)
+    if rows.tasks:
+        written = connection.executemany(_UPDATE_TASK, rows.tasks).rowcount
+        if written != len(rows.tasks):
             raise WriteConflict("A stored task is gone.")
 
 

@@ -15,6 +15,16 @@ import structlog
 logging.getLogger("flowstead").addHandler(logging.NullHandler())
 
 
+class _Logger(structlog.stdlib.BoundLogger):
+    """Tells the host. What the host's handlers make of it, raising included, must not stop whoever tells."""
+
+    def _proxy_to_logger(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._proxy_to_logger(*args, **kwargs)
+        except Exception:
+            return None
+
+
 def get_logger(name: str) -> Any:
     """A structlog logger over the stdlib logger of that name."""
     return structlog.wrap_logger(
@@ -24,5 +34,5 @@ def get_logger(name: str) -> Any:
             structlog.contextvars.merge_contextvars,
             structlog.stdlib.render_to_log_kwargs,
         ],
-        wrapper_class=structlog.stdlib.BoundLogger,
+        wrapper_class=_Logger,
     )

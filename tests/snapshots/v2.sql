@@ -1,0 +1,100 @@
+-- A flowstead file of schema version 2: a waiting flow with two children, and an ended flow.
+-- Files like this one are out in the world: what is below is read as it is, and never brought up to date.
+PRAGMA application_id = 1179407188;
+PRAGMA user_version = 2;
+BEGIN TRANSACTION;
+CREATE TABLE events (
+    position INTEGER PRIMARY KEY,
+    flow_key INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    doc TEXT NOT NULL
+, crc INTEGER);
+INSERT INTO "events" VALUES(1,1,1,'{"flowId":"triage-1","seq":1,"revision":0,"at":1800000000000,"type":"flow.created","actor":"agent:main:main","changed":{"status":"queued","controllerId":"my-plugin/inbox-triage","goal":"triage inbox","currentStep":"classify","stateJson":{"businessThreads":[1,2.5,null],"eodSummary":"it''s \"done\" 👩🏽‍🚀"}}}',994229902);
+INSERT INTO "events" VALUES(2,1,2,'{"flowId":"triage-1","seq":2,"revision":0,"at":1800000000000,"type":"task.created","actor":"agent:main:main","taskId":"01a201e2-1c90-73dd-9ba3-b25283616110","changed":{"status":"running","runtime":"acp","task":"Classify inbox messages","runId":"inbox-classify-1"}}',464156043);
+INSERT INTO "events" VALUES(3,1,3,'{"flowId":"triage-1","seq":3,"revision":0,"at":1800000001000,"type":"task.progressed","actor":"agent:main:main","taskId":"01a201e2-1c90-73dd-9ba3-b25283616110","changed":{"progressSummary":"half way"}}',3813954344);
+INSERT INTO "events" VALUES(4,1,4,'{"flowId":"triage-1","seq":4,"revision":0,"at":1800000001000,"type":"task.created","actor":"agent:main:main","taskId":"01a201e2-1c91-7070-8092-9567e8a28a98","changed":{"status":"queued","runtime":"task","task":"classify","runId":"step-1"}}',3759859194);
+INSERT INTO "events" VALUES(5,1,5,'{"flowId":"triage-1","seq":5,"revision":0,"at":1800000001000,"type":"task.started","actor":"agent:main:main","taskId":"01a201e2-1c91-7070-8092-9567e8a28a98","changed":{"status":"running","attempt":1,"startedAt":1800000001000}}',3603597650);
+INSERT INTO "events" VALUES(6,1,6,'{"flowId":"triage-1","seq":6,"revision":0,"at":1800000001000,"type":"task.ended","actor":"runtime","taskId":"01a201e2-1c91-7070-8092-9567e8a28a98","changed":{"status":"succeeded","terminalOutcome":"succeeded","endedAt":1800000001000,"cleanupAfter":1800604801000}}',1469497146);
+INSERT INTO "events" VALUES(7,1,7,'{"flowId":"triage-1","seq":7,"revision":1,"at":1800000002000,"type":"flow.waiting","actor":"agent:main:main","changed":{"status":"waiting","waitJson":{"kind":"reply","channel":"slack","threadKey":"slack:thread-1"},"currentStep":"await_business_reply"}}',1666556030);
+INSERT INTO "events" VALUES(8,4,1,'{"flowId":"digest-1","seq":1,"revision":0,"at":1800000002000,"type":"flow.created","actor":"agent:main:main","changed":{"status":"running","controllerId":"my-plugin/digest","goal":"send the digest","stateJson":{"sent":0}}}',2720308450);
+INSERT INTO "events" VALUES(9,4,2,'{"flowId":"digest-1","seq":2,"revision":1,"at":1800000002000,"type":"flow.updated","actor":"agent:main:main","changed":{"stateJson":{"sent":3}}}',3576155842);
+INSERT INTO "events" VALUES(10,4,3,'{"flowId":"digest-1","seq":3,"revision":2,"at":1800000003000,"type":"flow.succeeded","actor":"agent:main:main","changed":{"status":"succeeded","endedAt":1800000003000,"stateJson":{"sent":4}}}',1784903611);
+CREATE TABLE flows (
+    key INTEGER PRIMARY KEY,
+    owner_key TEXT NOT NULL,
+    flow_id TEXT NOT NULL,
+    controller_id TEXT,
+    correlation_id TEXT,
+    idempotency_key TEXT,
+    status TEXT NOT NULL,
+    ended_at INTEGER,
+    due_at INTEGER,
+    revision INTEGER NOT NULL,
+    doc TEXT NOT NULL
+, crc INTEGER);
+INSERT INTO "flows" VALUES(1,'agent:main:main','triage-1','my-plugin/inbox-triage','inbox','once','waiting',NULL,NULL,1,'{"flowId":"triage-1","syncMode":"managed","ownerKey":"agent:main:main","requesterOrigin":{"channel":"slack","to":"C1"},"controllerId":"my-plugin/inbox-triage","correlationId":"inbox","revision":1,"status":"waiting","notifyPolicy":"done_only","goal":"triage inbox","currentStep":"await_business_reply","stateJson":{"businessThreads":[1,2.5,null],"eodSummary":"it''s \"done\" 👩🏽‍🚀"},"stateVersion":1,"waitJson":{"kind":"reply","channel":"slack","threadKey":"slack:thread-1"},"createdAt":1800000000000,"updatedAt":1800000002000,"key":1,"idempotencyKey":"once","requestDigest":"fefaee3d5eeb4a2a556eb9c861afbe86aa50297a1e87c0064b96538195946679"}',517602521);
+INSERT INTO "flows" VALUES(4,'agent:main:main','digest-1','my-plugin/digest',NULL,NULL,'succeeded',1800000003000,NULL,2,'{"flowId":"digest-1","syncMode":"managed","ownerKey":"agent:main:main","requesterOrigin":{"channel":"slack","to":"C1"},"controllerId":"my-plugin/digest","revision":2,"status":"succeeded","notifyPolicy":"done_only","goal":"send the digest","stateJson":{"sent":4},"stateVersion":1,"createdAt":1800000002000,"updatedAt":1800000003000,"endedAt":1800000003000,"key":4}',1678606645);
+CREATE TABLE ownership (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    epoch INTEGER NOT NULL,
+    commits INTEGER NOT NULL,
+    last_position INTEGER NOT NULL,
+    holder TEXT NOT NULL
+, flows INTEGER NOT NULL DEFAULT 0, tasks INTEGER NOT NULL DEFAULT 0, events INTEGER NOT NULL DEFAULT 0, file TEXT NOT NULL DEFAULT '');
+INSERT INTO "ownership" VALUES(1,1,9,10,'{"pid":1,"host":"localhost","since":"2027-01-15T08:00:00Z"}',2,2,10,'5d2f0c4b9a1e4f7088c3d6e5b4a39281');
+CREATE TABLE tasks (
+    key INTEGER PRIMARY KEY,
+    task_id TEXT NOT NULL UNIQUE,
+    flow_key INTEGER NOT NULL,
+    run_id TEXT,
+    status TEXT NOT NULL,
+    runtime TEXT NOT NULL,
+    launched INTEGER NOT NULL,
+    due_at INTEGER,
+    doc TEXT NOT NULL
+, crc INTEGER);
+INSERT INTO "tasks" VALUES(2,'01a201e2-1c90-73dd-9ba3-b25283616110',1,'inbox-classify-1','running','acp',0,NULL,'{"taskId":"01a201e2-1c90-73dd-9ba3-b25283616110","flowId":"triage-1","runtime":"acp","runId":"inbox-classify-1","childSessionKey":"agent:main:subagent:classifier","task":"Classify inbox messages","status":"running","progressSummary":"half way","deliveryStatus":"pending","notifyPolicy":"done_only","createdAt":1800000000000,"startedAt":1800000000000,"lastEventAt":1800000001000,"key":2,"flowKey":1}',434512555);
+INSERT INTO "tasks" VALUES(3,'01a201e2-1c91-7070-8092-9567e8a28a98',1,'step-1','succeeded','task',1,NULL,'{"taskId":"01a201e2-1c91-7070-8092-9567e8a28a98","flowId":"triage-1","runtime":"task","runId":"step-1","task":"classify","inputJson":{"subject":"Re: hello"},"status":"succeeded","attempt":1,"maxAttempts":3,"resultJson":{"label":"Re: hello","é":null},"terminalOutcome":"succeeded","deliveryStatus":"pending","notifyPolicy":"done_only","createdAt":1800000001000,"startedAt":1800000001000,"lastEventAt":1800000001000,"endedAt":1800000001000,"cleanupAfter":1800604801000,"key":3,"flowKey":1,"launch":{"function":"classify","retry":{"maxAttempts":3,"initial":1.0,"factor":2.0,"maxDelay":60.0,"jitter":0.1}}}',955873114);
+CREATE UNIQUE INDEX flows_by_id ON flows (owner_key, flow_id);
+CREATE UNIQUE INDEX flows_by_idempotency_key ON flows (owner_key, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
+CREATE INDEX flows_by_owner ON flows (owner_key, key);
+CREATE INDEX flows_by_correlation ON flows (owner_key, correlation_id)
+    WHERE correlation_id IS NOT NULL;
+CREATE INDEX flows_live ON flows (controller_id) WHERE ended_at IS NULL;
+CREATE INDEX flows_due ON flows (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX tasks_by_flow ON tasks (flow_key, status, runtime);
+CREATE UNIQUE INDEX tasks_by_run ON tasks (flow_key, run_id) WHERE run_id IS NOT NULL;
+CREATE INDEX tasks_launched ON tasks (flow_key)
+    WHERE launched = 1 AND status IN ('queued', 'running');
+CREATE INDEX tasks_due ON tasks (due_at) WHERE due_at IS NOT NULL;
+CREATE UNIQUE INDEX events_by_flow ON events (flow_key, seq);
+CREATE VIEW v_flows AS SELECT
+    flow_id, owner_key, status, revision, controller_id, correlation_id,
+    json_extract(record, '$.goal') AS goal,
+    json_extract(record, '$.currentStep') AS current_step,
+    json_extract(record, '$.stateJson') AS state_json,
+    json_extract(record, '$.waitJson') AS wait_json,
+    json_extract(record, '$.blockedSummary') AS blocked_summary,
+    datetime(json_extract(record, '$.createdAt') / 1000.0, 'unixepoch') AS created,
+    datetime(json_extract(record, '$.updatedAt') / 1000.0, 'unixepoch') AS updated,
+    datetime(ended_at / 1000.0, 'unixepoch') AS ended
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM flows);
+CREATE VIEW v_tasks AS SELECT
+    f.flow_id, f.owner_key, t.task_id, t.run_id, t.runtime, t.status,
+    json_extract(t.record, '$.task') AS task,
+    json_extract(t.record, '$.attempt') AS attempt,
+    json_extract(t.record, '$.resultJson') AS result_json,
+    json_extract(t.record, '$.failure.message') AS failure
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM tasks) AS t
+JOIN flows AS f ON f.key = t.flow_key;
+CREATE VIEW v_history AS SELECT
+    f.flow_id, f.owner_key, e.seq, e.position,
+    json_extract(e.record, '$.revision') AS revision,
+    datetime(json_extract(e.record, '$.at') / 1000.0, 'unixepoch') AS at,
+    json_extract(e.record, '$.type') AS type,
+    json_extract(e.record, '$.actor') AS actor,
+    json_extract(e.record, '$.changed') AS changed
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM events) AS e
+JOIN flows AS f ON f.key = e.flow_key;
+COMMIT;
