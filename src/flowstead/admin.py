@@ -20,6 +20,7 @@ class Admin(ScopedFlows):
         """Every stored row that cannot be read, and why. Reads the whole store.
 
         Such rows are left as they are: other flows are unaffected, and nothing is started over them.
+        Cancelling only stops the reading.
         """
         return await self._core.enter().store.list_unreadable()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -19,6 +20,7 @@ from msgspec import UNSET, UnsetType
 
 from flowstead import arguments, errors
 from flowstead.engine.engine import Engine
+from flowstead.engine.mailbox import Reply
 from flowstead.functions import Functions
 from flowstead.model.code import Code
 from flowstead.model.command import (
@@ -72,6 +74,7 @@ class FlowContext:
         self._key = key
         self._know(doc)
         self._named: Counter[str] = Counter()
+        self._asked: asyncio.Future[Reply] | None = None
 
     def _know(self, doc: bytes) -> None:
         # The record too: what was decoded from it is the controller's own, to change as it likes.
@@ -178,6 +181,8 @@ class FlowContext:
         Raises:
             ChildFailed: The function raised.
             CancelPending: A cancel is requested, and the step has not begun.
+
+        Cancelling the wait leaves the function running; it ends with the flow at the latest.
         """
 
         async def call(_context: TaskContext, _input: Json) -> Json:
@@ -196,7 +201,8 @@ class FlowContext:
     ) -> None:
         """Set fields, durably. UNSET leaves alone, None clears.
 
-        live → the same status, revision + 1. Doing it again after a crash is harmless.
+        live → the same status, revision + 1. Doing it again after a crash is harmless. Cancelling the caller
+        after acceptance does not undo the change.
 
         Raises:
             RevisionConflict: Somebody else has changed the flow. Nothing was written.
@@ -207,7 +213,10 @@ class FlowContext:
     async def finish(
         self, *, current_step: str | UnsetType | None = UNSET, state_json: Json | UnsetType = UNSET
     ) -> None:
-        """End the flow as succeeded; children still running are stopped. Returning does the same."""
+        """End the flow as succeeded; children still running are stopped. Returning does the same.
+
+        Cancelling the caller after acceptance does not undo the end.
+        """
         patch = self._patch(current_step, state_json)
         await self._mutate(
             lambda revision: Finish(expected_revision=revision, patch=patch, by_controller=True)
@@ -221,7 +230,10 @@ class FlowContext:
         blocked_task_id: str | None = None,
         blocked_summary: str | None = None,
     ) -> None:
-        """End the flow as failed; children still running are stopped. Raising does the same."""
+        """End the flow as failed; children still running are stopped. Raising does the same.
+
+        Cancelling the caller after acceptance does not undo the end.
+        """
         patch = self._patch(current_step, state_json)
         summary = arguments.optional_text(blocked_summary, "blocked_summary")
         await self._mutate(
@@ -237,9 +249,11 @@ class FlowContext:
 
     async def _mutate(self, command: Callable[[int], Command]) -> None:
         while True:
+            await self._hear()
             reply = await self._engine.ask_patiently(
-                self._key, command(self._flow.revision), _CONTROLLER
+                self._key, command(self._flow.revision), _CONTROLLER, posted=self._note
             )
+            self._asked = None
             if reply.refusal is None:
                 assert reply.doc is not None
                 self._know(reply.doc)
@@ -253,6 +267,19 @@ class FlowContext:
                 raise_refusal(reply.refusal, current)
             # Somebody asked for a cancel meanwhile; what this controller knows of its flow still holds.
             self._know(reply.doc)
+
+    def _note(self, asked: asyncio.Future[Reply]) -> None:
+        self._asked = asked
+
+    async def _hear(self) -> None:
+        """Learn what became of a change whose wait was cancelled: it is this controller's own doing."""
+        while (asked := self._asked) is not None:
+            await asyncio.wait({asked})
+            if self._asked is asked:
+                self._asked = None
+                reply = None if asked.exception() else asked.result()
+                if reply is not None and reply.refusal is None and reply.doc is not None:
+                    self._know(reply.doc)
 
     # ---- making steps -----------------------------------------------------------------------------
 
@@ -321,7 +348,19 @@ class FlowContext:
         engine = self._engine
         waiting = {draft.task_id: engine.task_ends.register(draft.task_id) for draft in drafts}
         bound = [draft for draft in drafts if self._functions.bind(self._key, draft, definition)]
-        reply = await engine.ask_patiently(self._key, AddTasks(drafts=tuple(drafts)), _CONTROLLER)
+        asked: list[asyncio.Future[Reply]] = []
+        try:
+            reply = await engine.ask_patiently(
+                self._key, AddTasks(drafts=tuple(drafts)), _CONTROLLER, posted=asked.append
+            )
+        except BaseException:
+            self._forget(waiting, ())
+            if asked:
+                # Accepted, or not: whoever comes to know says whether the functions are needed.
+                asked[-1].add_done_callback(partial(self._abandon, drafts, bound))
+            else:
+                self._forget({}, bound)
+            raise
         if reply.refusal is not None:
             self._forget(waiting, bound)
             raise_refusal(reply.refusal, None if reply.doc is None else codec.read_flow(reply.doc))
@@ -337,10 +376,28 @@ class FlowContext:
                 ends.append(await self._join(child.task_id))
         return ends
 
+    def _abandon(
+        self,
+        drafts: Sequence[TaskDraft],
+        bound: Sequence[TaskDraft],
+        asked: asyncio.Future[Reply],
+    ) -> None:
+        """The answer to steps nobody waits for any more: keep the functions only of those that run."""
+        if asked.exception() is not None or asked.result().refusal is not None:
+            self._forget({}, bound)
+            return
+        for draft, child in zip(drafts, asked.result().children, strict=True):
+            if isinstance(child, str):
+                self._forget({}, [draft])
+
     async def _join(self, task_id: str) -> asyncio.Future[bytes] | str:
         """The end of a step that is under way already, begun by an earlier run of this controller."""
         end = self._engine.task_ends.register(task_id)
-        task = (await self._recorded([task_id]))[task_id]
+        try:
+            task = (await self._recorded([task_id]))[task_id]
+        except BaseException:
+            end.cancel()
+            raise
         if is_active(task):
             return end
         end.cancel()

@@ -9,7 +9,6 @@ from typing import Final
 
 from flowstead import errors
 from flowstead.engine.engine import Engine
-from flowstead.engine.mailbox import Reply
 from flowstead.functions import Functions
 from flowstead.model.flow import FlowKey
 from flowstead.store.port import Scope
@@ -42,7 +41,7 @@ class Core:
         self.engine = engine
         self.functions = functions
         self.homes = TaskHomes()
-        self.creating: dict[tuple[str, str], asyncio.Future[Reply]] = {}
+        self.creating: dict[tuple[str, str], asyncio.Future[None]] = {}
         """Creates under way, by owner and idempotency key."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()

@@ -129,6 +129,9 @@ class CancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     With code `cancel_pending` the intent stands and `tasks` are the children still active; the flow ends when
     they do. Otherwise `tasks` are all children.
+
+    Work that a child has put behind `asyncio.shield`, `asyncio.create_task` or an executor of its own is out of
+    the runtime's sight. Task groups, shielded scopes and `anyio.to_thread` are not.
     """
 
     found: bool

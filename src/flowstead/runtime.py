@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -148,6 +149,7 @@ class Runtime:
     ) -> None:
         self._core: Core | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._is_spent = False
         self._name = store.name
         self._takeover = takeover
         self._code = CodeSource(registry)
@@ -189,7 +191,8 @@ class Runtime:
         return self.core.engine.statistics()
 
     async def __aenter__(self) -> Runtime:
-        if self._core is not None:
+        """Take the store and start. Cancelling the caller lets go of the store before it is passed on."""
+        if self._core is not None or self._is_spent:
             raise RuntimeError("A runtime is opened once. Call open_runtime again for another one.")
         opening = asyncio.create_task(
             self._engine.open(takeover=self._takeover), name="flowstead opening"
@@ -197,14 +200,23 @@ class Runtime:
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # Half an opening would keep the store: see it through, and let go.
+            # Half an opening would keep the store: see it through, and let go, however often we are cancelled.
+            undoing = asyncio.create_task(self._undo(opening), name="flowstead closing")
             with anyio.CancelScope(shield=True):
-                await asyncio.wait({opening})
-                if not opening.cancelled() and opening.exception() is None:
-                    await self._engine.aclose()
+                while not undoing.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait({undoing})
+            undoing.result()
             raise
         self._core = Core(self._engine, self._code.functions)
         return self
+
+    async def _undo(self, opening: asyncio.Task[None]) -> None:
+        """Let go of a store that nobody wants opened any more."""
+        await asyncio.wait({opening})
+        if not opening.cancelled() and opening.exception() is None:
+            self._is_spent = True
+            await self._engine.aclose()
 
     async def __aexit__(
         self,
@@ -212,19 +224,21 @@ class Runtime:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Close, as `aclose` does. Cancelling the caller does not stop the closing."""
         await self.aclose()
 
     async def aclose(self) -> None:
         """Stop code, answer everybody, flush, and let go of the store. Closing twice is fine.
 
         Children that are stopped by this have no outcome; the next runtime starts them again. Cancelling the
-        caller does not stop the closing.
+        caller does not stop the closing: a cancel scope waits for it, `Task.cancel` leaves it to go on alone.
         """
         if self._core is None:
             return
         self._core.check_loop()
         if self._closing is None:
             self._core.close(f"The runtime on {self._name} is closed. Open another one.")
+            self._engine.begin_closing()
             self._closing = asyncio.create_task(self._engine.aclose(), name="flowstead closing")
         with anyio.CancelScope(shield=True):
             await asyncio.shield(self._closing)

@@ -16,6 +16,7 @@ from flowstead.core import Core
 from flowstead.engine.engine import Engine
 from flowstead.engine.feed import Watcher
 from flowstead.engine.mailbox import Reply
+from flowstead.log import get_logger
 from flowstead.model.code import CANCEL_PENDING, TASK_NOT_FOUND, Code
 from flowstead.model.command import Cancel, CancelTask
 from flowstead.model.event import Event
@@ -33,6 +34,8 @@ from flowstead.results import CancelReport, TaskCancelReport, error_for
 from flowstead.store import codec
 from flowstead.store.port import FlowQuery, Scope
 
+log = get_logger(__name__)
+
 _SHORTEST_PREFIX: Final = 4
 
 
@@ -47,7 +50,7 @@ class ScopedFlows:
     # ---- reading ----------------------------------------------------------------------------------
 
     async def get(self, flow_id: str) -> Flow | None:
-        """The flow as committed, or None: no such flow, or another owner's."""
+        """The flow as committed, or None: no such flow, or another owner's. Cancelling only stops the reading."""
         engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         if wanted is None:
             return None
@@ -66,7 +69,7 @@ class ScopedFlows:
         limit: int = 100,
         after: str | None = None,
     ) -> builtins.list[Flow]:
-        """Flows, newest first, at most `limit` of them.
+        """Flows, newest first, at most `limit` of them. Cancelling only stops the reading.
 
         Args:
             status: One status or several.
@@ -91,7 +94,7 @@ class ScopedFlows:
         return await engine.store.list_flows(self._scope, query, arguments.count(limit, "limit"))
 
     async def find_latest(self) -> Flow | None:
-        """The newest flow, ended or not."""
+        """The newest flow, ended or not. Cancelling only stops the reading."""
         found = await self.list(limit=1)
         return found[0] if found else None
 
@@ -100,6 +103,7 @@ class ScopedFlows:
 
         The session's key, and a correlation id several flows share, stand for the newest live flow, or the
         newest at all. The start of an id counts from four characters on and only if it fits one flow.
+        Cancelling only stops the reading.
         """
         wanted = arguments.lookup(token, "token")
         wanted = wanted.strip() if wanted else None
@@ -118,12 +122,12 @@ class ScopedFlows:
         return found[0] if len(found) == 1 else None
 
     async def get_task_summary(self, flow_id: str) -> TaskSummary | None:
-        """Counts of the flow's children, from an index."""
+        """Counts of the flow's children, from an index. Cancelling only stops the reading."""
         engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         return None if wanted is None else await engine.store.summarize(self._scope, wanted)
 
     async def get_task(self, task_id: str) -> Task | None:
-        """The child as committed, or None."""
+        """The child as committed, or None. Cancelling only stops the reading."""
         engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
         found = None if wanted is None else await engine.store.find_task(self._scope, wanted)
         return None if found is None else found[1]
@@ -131,7 +135,10 @@ class ScopedFlows:
     async def list_tasks(
         self, flow_id: str, *, status: str | Iterable[str] | None = None
     ) -> builtins.list[Task]:
-        """The flow's children, oldest first; empty for a flow that is not there."""
+        """The flow's children, oldest first; empty for a flow that is not there.
+
+        Cancelling only stops the reading.
+        """
         engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         statuses = arguments.choices(status, TaskStatus, "status")
         if wanted is None or (status is not None and not statuses):
@@ -141,7 +148,10 @@ class ScopedFlows:
     async def history(
         self, flow_id: str, *, after_seq: int = 0, limit: int = 1000
     ) -> builtins.list[Event]:
-        """What happened to the flow, in order, from `seq` 1; empty for a flow that is not there."""
+        """What happened to the flow, in order, from `seq` 1; empty for a flow that is not there.
+
+        Cancelling only stops the reading.
+        """
         engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
         after = arguments.optional_sequence_number(after_seq, "after_seq") or 0
         most = arguments.count(limit, "limit")
@@ -268,13 +278,17 @@ class ScopedFlows:
         flow = await self._core.engine.store.find_flow(Scope(key.owner_key), key.flow_id)
         assert flow is not None
         if not has_ended(flow):
+            left = await self._tasks_of(key, [status.value for status in ACTIVE_TASK_STATUSES])
+            log.warning(
+                "cancel.pending", flow_id=key.flow_id, task_ids=[task.task_id for task in left]
+            )
             return CancelReport(
                 found=True,
                 cancelled=False,
                 code=CANCEL_PENDING.code,
                 reason=CANCEL_PENDING.reason,
                 flow=flow,
-                tasks=await self._tasks_of(key, [status.value for status in ACTIVE_TASK_STATUSES]),
+                tasks=left,
             )
         cancelled = flow.status is FlowStatus.CANCELLED
         return CancelReport(
@@ -287,7 +301,10 @@ class ScopedFlows:
         )
 
     async def cancel_task(self, task_id: str, *, grace: float = 5.0) -> TaskCancelReport:
-        """Stop one child and wait up to `grace` seconds for its end. The flow goes on without it."""
+        """Stop one child and wait up to `grace` seconds for its end. The flow goes on without it.
+
+        Cancelling the caller after acceptance does not take the stop back.
+        """
         engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
         patience = arguments.duration(grace, "grace")
         missing = TaskCancelReport(found=False, cancelled=False, reason=TASK_NOT_FOUND.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -12,8 +13,9 @@ from msgspec import UNSET, Raw, UnsetType
 
 from flowstead import arguments
 from flowstead.core import Core
-from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Reply
+from flowstead.functions import Functions
+from flowstead.log import get_logger
 from flowstead.model.code import NOT_FOUND, Code, Refusal
 from flowstead.model.command import (
     AddTasks,
@@ -131,6 +133,9 @@ class SessionFlows(ScopedFlows):
     ) -> Flow:
         """Make a flow, durably, at revision 0. A registered controller is started.
 
+        Cancelling the caller after acceptance does not undo it; with an `idempotency_key`, calling again answers
+        the flow, or makes it.
+
         Args:
             controller_id: Names the code that drives the flow, registered here or not.
             goal: What the flow is for, for people.
@@ -196,15 +201,23 @@ class SessionFlows(ScopedFlows):
         draft = msgspec.structs.replace(draft, request_digest=_digest(draft, given_id))
         while (earlier := creating.get(named)) is not None:
             await asyncio.wait({earlier})
-        first = await engine.store.find_by_idempotency_key(*named)
-        if named in creating:
-            return await self._create_once(draft, given_id)
-        key = first or FlowKey(draft.owner_key, draft.flow_id)
-        reply = engine.ask(
-            key, Create(draft=draft), self._actor, is_new=first is None and given_id is None
-        )
-        creating[named] = reply
-        reply.add_done_callback(lambda _: creating.pop(named, None))
+        # In line before the look: a create that came and went during it would be missed.
+        turn = creating[named] = asyncio.get_running_loop().create_future()
+
+        def leave(_: object = None) -> None:
+            del creating[named]
+            turn.cancel()
+
+        try:
+            first = await engine.store.find_by_idempotency_key(*named)
+            key = first or FlowKey(draft.owner_key, draft.flow_id)
+            reply = engine.ask(
+                key, Create(draft=draft), self._actor, is_new=first is None and given_id is None
+            )
+        except BaseException:
+            leave()
+            raise
+        reply.add_done_callback(leave)
         # Cancelling this caller must not free the key before the flow is on disk.
         answered = await asyncio.shield(reply)
         if answered.refusal is not None:
@@ -227,6 +240,7 @@ class SessionFlows(ScopedFlows):
         """Park the flow until outside input arrives.
 
         live → waiting, or blocked if a blocker is named; revision + 1. Wait and blockers are replaced.
+        Cancelling the caller after acceptance does not undo the change.
 
         Args:
             flow_id: The flow.
@@ -253,7 +267,10 @@ class SessionFlows(ScopedFlows):
         current_step: str | UnsetType | None = UNSET,
         state_json: Json | UnsetType = UNSET,
     ) -> Applied | Rejected:
-        """Put the flow back to work: live → queued or running, revision + 1, wait and blockers cleared."""
+        """Put the flow back to work: live → queued or running, revision + 1, wait and blockers cleared.
+
+        Cancelling the caller after acceptance does not undo the change.
+        """
         command = Resume(
             expected_revision=arguments.revision(expected_revision),
             patch=self._patch(current_step, state_json),
@@ -269,7 +286,10 @@ class SessionFlows(ScopedFlows):
         current_step: str | UnsetType | None = UNSET,
         state_json: Json | UnsetType = UNSET,
     ) -> Applied | Rejected:
-        """Set fields and keep the status: revision + 1."""
+        """Set fields and keep the status: revision + 1.
+
+        Cancelling the caller after acceptance does not undo the change.
+        """
         command = Update(
             expected_revision=arguments.revision(expected_revision),
             patch=self._patch(current_step, state_json),
@@ -284,7 +304,10 @@ class SessionFlows(ScopedFlows):
         current_step: str | UnsetType | None = UNSET,
         state_json: Json | UnsetType = UNSET,
     ) -> Applied | Rejected:
-        """End the flow: live → succeeded, revision + 1. Launched children still running are stopped."""
+        """End the flow: live → succeeded, revision + 1. Launched children still running are stopped.
+
+        Cancelling the caller after acceptance does not undo the change.
+        """
         command = Finish(
             expected_revision=arguments.revision(expected_revision),
             patch=self._patch(current_step, state_json),
@@ -301,7 +324,10 @@ class SessionFlows(ScopedFlows):
         blocked_task_id: str | None = None,
         blocked_summary: str | None = None,
     ) -> Applied | Rejected:
-        """End the flow: live → failed, revision + 1. Launched children still running are stopped."""
+        """End the flow: live → failed, revision + 1. Launched children still running are stopped.
+
+        Cancelling the caller after acceptance does not undo the change.
+        """
         task_id = arguments.optional_text(blocked_task_id, "blocked_task_id")
         summary = arguments.optional_text(blocked_summary, "blocked_summary")
         command = Fail(
@@ -317,7 +343,8 @@ class SessionFlows(ScopedFlows):
         """Let nothing new start: the intent is stamped, revision + 1, and never forgotten.
 
         Queued children end as cancelled, running ones go on; when the last has ended the flow becomes
-        cancelled, unless its controller finishes or fails it.
+        cancelled, unless its controller finishes or fails it. Cancelling the caller after acceptance does not
+        take the intent back.
         """
         command = RequestCancel(expected_revision=arguments.revision(expected_revision))
         return await self._mutate(flow_id, command)
@@ -354,7 +381,7 @@ class SessionFlows(ScopedFlows):
 
         Without `run` the child is **linked**: somebody else runs it and reports by `start_task`,
         `progress_task`, `complete_task`, `fail_task`. With `run` it is **launched**: the runtime runs it,
-        supervised, under the flow.
+        supervised, under the flow. Cancelling the caller after acceptance does not stop the child.
 
         Args:
             flow_id: The flow.
@@ -436,10 +463,14 @@ class SessionFlows(ScopedFlows):
     ) -> Created | Refused:
         engine, functions = self._core.engine, self._core.functions
         is_bound = definition is not None and functions.bind(key, draft, definition)
-        reply = await engine.ask(key, AddTasks(drafts=(draft,)), self._actor)
+        asked = engine.ask(key, AddTasks(drafts=(draft,)), self._actor)
+        if is_bound:
+            asked.add_done_callback(partial(_forget_refused, functions, key, draft))
+            # Cancelling this caller must not hide from us whether the function is needed.
+            reply = await asyncio.shield(asked)
+        else:
+            reply = await asked
         if reply.refusal is not None:
-            if is_bound:
-                functions.forget(key, draft)
             return _refused(reply.refusal, _flow_in(reply))
         [child] = reply.children
         found = codec.expose_task(child) if isinstance(child, StoredTask) else None
@@ -454,11 +485,17 @@ class SessionFlows(ScopedFlows):
         return Created(_present(reply), found)
 
     async def start_task(self, task_id: str) -> Task | None:
-        """Report that a linked child has started: queued → running. None if there is no such child."""
+        """Report that a linked child has started: queued → running. None if there is no such child.
+
+        Cancelling the caller after acceptance does not take the report back.
+        """
         return await self._report(task_id, lambda found: StartReport(task_id=found))
 
     async def progress_task(self, task_id: str, *, summary: str | None = None) -> Task | None:
-        """Report how far a linked child is, or with no summary only that it lives."""
+        """Report how far a linked child is, or with no summary only that it lives.
+
+        Cancelling the caller after acceptance does not take the report back.
+        """
         said = arguments.optional_text(summary, "summary")
         return await self._report(
             task_id,
@@ -474,6 +511,8 @@ class SessionFlows(ScopedFlows):
         terminal_outcome: str | None = None,
     ) -> Task | None:
         """Report that a linked child has succeeded. A child that has ended already is answered as it is.
+
+        Cancelling the caller after acceptance does not take the report back.
 
         Raises:
             InvalidState, StateTooLarge: The result cannot be kept. The child goes on.
@@ -500,6 +539,8 @@ class SessionFlows(ScopedFlows):
     async def fail_task(self, task_id: str, *, error: str, status: str = "failed") -> Task | None:
         """Report that a linked child has failed, timed out or was cancelled. An ended one stays as it is.
 
+        Cancelling the caller after acceptance does not take the report back.
+
         Raises:
             TaskNotLinked: The child is run by this runtime.
         """
@@ -518,15 +559,16 @@ class SessionFlows(ScopedFlows):
             if found is None:
                 return None
             key = found[0]
-        reply = await engine.ask(key, command(wanted), self._actor)
+        report = command(wanted)
+        reply = await engine.ask(key, report, self._actor)
         if reply.refusal is not None:
             raise_refusal(reply.refusal, _flow_in(reply))
         [child] = reply.children
-        return (
-            codec.expose_task(child)
-            if isinstance(child, StoredTask)
-            else await self.get_task(child)
-        )
+        if isinstance(child, StoredTask):
+            return codec.expose_task(child)
+        if isinstance(report, EndReport):
+            log.info("end.too_late", flow_id=key.flow_id, task_id=child)
+        return await self.get_task(child)
 
     # ---- user JSON --------------------------------------------------------------------------------
 
@@ -561,6 +603,14 @@ class SessionFlows(ScopedFlows):
         if isinstance(encoded, Defect):
             raise error_for(Code(encoded.code), encoded.reason)
         return encoded
+
+
+def _forget_refused(
+    functions: Functions, key: FlowKey, draft: TaskDraft, asked: asyncio.Future[Reply]
+) -> None:
+    """Let go of the function of a child that will not be."""
+    if asked.exception() is not None or asked.result().refusal is not None:
+        functions.forget(key, draft)
 
 
 def _present(reply: Reply) -> Flow:

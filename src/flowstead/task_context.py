@@ -28,7 +28,7 @@ class TaskContext:
         """When this attempt is stopped, epoch milliseconds; None if never."""
 
     async def progress(self, summary: str) -> None:
-        """Say how far the work is, durably and for people to read. Cancelling does not take it back.
+        """Say how far the work is, durably and for people to read. Cancelling the caller does not take it back.
 
         Raises:
             CommitFailed: Certainly not written.
@@ -37,7 +37,7 @@ class TaskContext:
         await self._report(ProgressReport(task_id=self.task_id, summary=said))
 
     async def heartbeat(self) -> None:
-        """Say that the work is alive, durably. Cancelling does not take it back.
+        """Say that the work is alive, durably. Cancelling the caller does not take it back.
 
         Raises:
             CommitFailed: Certainly not written.

@@ -115,7 +115,7 @@ def a_view(
         children,
         now=now,
         limits=Limits() if limits is None else limits,
-        running=running,
+        running={task.task_id: task.attempt for task in tasks if task.task_id in running},
         driven=driven,
         controllers=controllers,
         closing=closing,

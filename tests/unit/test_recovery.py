@@ -25,7 +25,7 @@ LIMITS = Limits(interruptions=3)
 class Facts(NamedTuple):
     """All that the fate of a launched child may depend on."""
 
-    here: bool  # its code is running in this process
+    here: bool  # code of its attempt is running in this process, or about to report
     standing: str  # of the flow: live, intent, ended
     function: str  # registered; unknown here; bare and in memory; bare and gone with its process
     controller: bool  # the flow's controller is registered here
@@ -80,6 +80,8 @@ def fits(row: tuple[Any, ...], facts: Facts) -> bool:
 
 
 def fate_by_the_table(facts: Facts) -> Fate:
+    # Of a child that waits for its turn, or for a retry, only the end of an earlier attempt can be under way.
+    facts = facts._replace(here=facts.here and facts.status == "running")
     return next(fate for row, fate in ROWS if fits(row, facts))
 
 

@@ -12,7 +12,7 @@ from the stored snapshot. When it is idle for a while the engine lets go of it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -21,12 +21,12 @@ from flowstead.engine.clock import Clock
 from flowstead.engine.committer import Committer
 from flowstead.engine.feed import Feed
 from flowstead.engine.loader import Loader
-from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Envelope, Mailbox, Reply
 from flowstead.engine.timers import Timers
 from flowstead.engine.turns import TurnQueue
 from flowstead.engine.waiters import Waiters
 from flowstead.errors import OutcomeUnknown, SnapshotUnreadable, StoreError
+from flowstead.log import get_logger
 from flowstead.model.code import Code, Refusal
 from flowstead.model.command import Recover
 from flowstead.model.effect import Effect
@@ -51,8 +51,8 @@ class RunningCode(Protocol):
     """What an actor needs from whoever runs children and controllers."""
 
     @property
-    def running(self) -> Container[str]:
-        """Ids of children whose code runs here."""
+    def running(self) -> Mapping[str, int]:
+        """The attempt of each child whose code runs here."""
         ...
 
     @property

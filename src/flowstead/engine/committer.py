@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from flowstead.engine.log import get_logger
 from flowstead.errors import CommitFailed, OutcomeUnknown, StoreError, StoreInUse, WriteConflict
+from flowstead.log import get_logger
 from flowstead.store.codec import FlowWrite
 from flowstead.store.port import Store
 

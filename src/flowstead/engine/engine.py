@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 import anyio
@@ -19,13 +19,13 @@ from flowstead.engine.clock import Clock, Handle, Ids
 from flowstead.engine.committer import Committer
 from flowstead.engine.feed import Feed
 from flowstead.engine.loader import Loader
-from flowstead.engine.log import get_logger
 from flowstead.engine.mailbox import Envelope, Reply
 from flowstead.engine.supervisor import Door, Supervisor
 from flowstead.engine.timers import Timers
 from flowstead.engine.turns import TurnQueue
 from flowstead.engine.waiters import Waiters
 from flowstead.errors import RuntimeClosed, StoreError
+from flowstead.log import get_logger
 from flowstead.model.code import MAILBOX_FULL
 from flowstead.model.command import Command, ReleaseTasks, Tick
 from flowstead.model.flow import FlowKey
@@ -129,11 +129,23 @@ class Engine:
             reply.set_result(Reply(None, MAILBOX_FULL))
         return reply
 
-    async def ask_patiently(self, key: FlowKey, command: Command, actor: str) -> Reply:
-        """Post a command as soon as the mailbox has room for it."""
+    async def ask_patiently(
+        self,
+        key: FlowKey,
+        command: Command,
+        actor: str,
+        *,
+        posted: Callable[[asyncio.Future[Reply]], object],
+    ) -> Reply:
+        """Post a command as soon as the mailbox has room for it.
+
+        `posted` is given the future of each try, so that the answer is heard though the caller is cancelled.
+        """
         while True:
             await self._actor(key, False).mailbox.wait_for_room()
-            reply = await self.ask(key, command, actor)
+            asked = self.ask(key, command, actor)
+            posted(asked)
+            reply = await asyncio.shield(asked)
             if reply.refusal is not MAILBOX_FULL:
                 return reply
 
@@ -253,6 +265,11 @@ class Engine:
         # Nothing can be started before the supervisor's task group stands.
         await self.supervisor.wait_ready()
 
+    def begin_closing(self) -> None:
+        """Take nothing more and stop code, in one step: code that is refused from here on has not failed."""
+        self._is_closed = True
+        self.supervisor.stop()
+
     async def aclose(self) -> None:
         """Stop code, answer everybody, flush, let go of the store.
 
@@ -260,11 +277,10 @@ class Engine:
         does not stop within the grace is left behind and counts as interrupted.
         """
         committer, loader, supervisor, *others = self._tasks
-        self._is_closed = True
+        self.begin_closing()
         self._timers.close()
         if self._sweep is not None:
             self._sweep.cancel()
-        self.supervisor.stop()
         await asyncio.wait({supervisor}, timeout=self.limits.shutdown_grace)
         if not supervisor.done():
             log.error("children.abandoned", running=self.supervisor.running_count)

@@ -47,6 +47,12 @@ class Watcher:
         self._closed = False
 
     async def __aenter__(self) -> Watcher:
+        """Start watching. Cancelling the caller leaves nothing that watches.
+
+        Raises:
+            FlowNotFound: No such flow.
+            RuntimeClosed: Nothing more will happen to watch.
+        """
         if self.flow_id is not None:
             self.key = await self._feed.find(self.scope, self.flow_id)
             self.scope = Scope(self.key.owner_key)
@@ -65,6 +71,7 @@ class Watcher:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Stop watching. Cancelling cannot come in between: nothing is waited for."""
         self._closed = True
         self._feed.discard(self)
 
@@ -72,7 +79,10 @@ class Watcher:
         return self
 
     async def __anext__(self) -> Event:
-        """The next event. Ends when the runtime is closed, once everything committed has been seen."""
+        """The next event. Ends when the runtime is closed, once everything committed has been seen.
+
+        Cancelling the wait loses none.
+        """
         if self._cursor is None:
             raise RuntimeError("watch is an async context manager: use `async with` around it.")
         while True:

@@ -14,6 +14,7 @@ from typing import Final
 import anyio
 from msgspec import UNSET, UnsetType
 
+from flowstead.errors import RuntimeClosed
 from flowstead.model.command import Defect, Encoded
 from flowstead.model.effect import StopReason
 from flowstead.model.flow import Failure, Json
@@ -138,7 +139,20 @@ def _was_stopped(child: ChildScope, error: BaseException) -> bool:
     """Whether an error came of being stopped, be it the cancellation itself or what cleaning up made of it."""
     task = asyncio.current_task()
     asked = child.scope.cancel_called or (task is not None and task.cancelling() > 0)
-    return asked or isinstance(error, asyncio.CancelledError)
+    return asked or isinstance(error, asyncio.CancelledError) or consists_of(error, RuntimeClosed)
+
+
+def consists_of(error: BaseException, kind: type[BaseException]) -> bool:
+    """Whether an error, and whatever it groups, is of one kind and nothing else."""
+    # Without recursion: groups may be nested deeper than the stack.
+    unseen = [error]
+    while unseen:
+        one = unseen.pop()
+        if isinstance(one, BaseExceptionGroup):
+            unseen.extend(one.exceptions)
+        elif not isinstance(one, kind):
+            return False
+    return True
 
 
 async def absorb_own_cancel() -> None:

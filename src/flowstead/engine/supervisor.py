@@ -13,7 +13,7 @@ so that it can be put back in the queue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -21,8 +21,13 @@ import anyio
 from anyio.abc import TaskGroup
 
 from flowstead.engine.clock import Clock, Ids
-from flowstead.engine.guard import ChildScope, absorb_own_cancel, describe, run_guarded
-from flowstead.engine.log import get_logger
+from flowstead.engine.guard import (
+    ChildScope,
+    absorb_own_cancel,
+    consists_of,
+    describe,
+    run_guarded,
+)
 from flowstead.engine.mailbox import Reply
 from flowstead.errors import (
     CancelPending,
@@ -31,6 +36,7 @@ from flowstead.errors import (
     SnapshotUnreadable,
     StoreError,
 )
+from flowstead.log import get_logger
 from flowstead.model.code import Code
 from flowstead.model.command import (
     Command,
@@ -137,6 +143,7 @@ class Supervisor:
         self._limits = limits
         self._group: TaskGroup | None = None
         self._children: dict[str, ChildScope] = {}
+        self._attempts: dict[str, int] = {}
         self._crews: dict[FlowKey, Crew] = {}
         self._ready = asyncio.Event()
         self._pauses: set[asyncio.Event] = set()
@@ -144,9 +151,9 @@ class Supervisor:
         self.interrupted: dict[FlowKey, list[str]] = {}
 
     @property
-    def running(self) -> Container[str]:
-        """Ids of children whose code runs here, or whose end is not recorded yet."""
-        return self._children
+    def running(self) -> Mapping[str, int]:
+        """The attempt of each child whose code runs here, or whose end is not recorded yet."""
+        return self._attempts
 
     @property
     def is_stopping(self) -> bool:
@@ -219,6 +226,7 @@ class Supervisor:
             self._interrupt(key, task)
             return
         child = self._children[task.task_id] = ChildScope(task.attempt)
+        self._attempts[task.task_id] = task.attempt
         self._crew(key).start(partial(self._run_task, key, task, child), child.scope.cancel)
 
     def _start_controller(self, key: FlowKey, controller_id: str) -> None:
@@ -251,6 +259,7 @@ class Supervisor:
         finally:
             if self._children.get(task.task_id) is child:
                 del self._children[task.task_id]
+                del self._attempts[task.task_id]
             if timer is not None:
                 timer.cancel()
             self._leave(key)
@@ -355,6 +364,9 @@ class Supervisor:
                 return ControllerStopped()
             return _controller_failed(error)
         except BaseException as error:
+            if self._stopping and consists_of(error, RuntimeClosed):
+                # It asked for something a moment before it was stopped; the next runtime enters it again.
+                raise asyncio.CancelledError from error
             log.warning("controller.failed", flow_id=key.flow_id, error=type(error).__name__)
             return _controller_failed(error)
         if end is None and self._stopping:
@@ -367,7 +379,7 @@ class Supervisor:
             try:
                 return await self._drive(key, controller_id)
             except BaseException as error:
-                if not _is_of_the_store(error):
+                if not consists_of(error, StoreError):
                     raise
                 log.warning("controller.interrupted", flow_id=key.flow_id, reason=str(error))
                 if isinstance(error, SnapshotUnreadable):
@@ -383,13 +395,6 @@ class Supervisor:
             return ControllerStopped()
         await self._door.drive(key, controller_id, entered.doc)
         return Finish(expected_revision=None, patch=Patch())
-
-
-def _is_of_the_store(error: BaseException) -> bool:
-    """Whether the store failed, and nothing else did."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(_is_of_the_store(one) for one in error.exceptions)
-    return isinstance(error, StoreError)
 
 
 def _is(flow: Flow, key: FlowKey) -> bool:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Final
 
 from flowstead.engine.clock import Clock, Handle
-from flowstead.engine.log import get_logger
 from flowstead.errors import StoreError
+from flowstead.log import get_logger
 from flowstead.model.flow import FlowKey
 from flowstead.store.port import Store
 
@@ -22,7 +22,8 @@ log = get_logger(__name__)
 
 HORIZON_MS: Final = 60_000
 _READ_AGAIN_SECONDS: Final = 1.0
-_LONGEST_SECONDS: Final = 24 * 3600.0
+# The wall clock may be put forward while we wait by the loop's: look again now and then, if anything is due at all.
+_LONGEST_SECONDS: Final = 60.0
 
 
 class Timers:

@@ -130,7 +130,7 @@ def _finish(view: View, command: c.Finish) -> Answer:
         wait_json=UNSET,
         blocked_task_id=None,
         blocked_summary=None,
-        ended_at=max(view.now, flow.created_at),
+        ended_at=max(view.now, flow.updated_at),
     )
 
 
@@ -150,7 +150,7 @@ def _fail(view: View, command: c.Fail) -> Answer:
         status=FlowStatus.FAILED,
         wait_json=UNSET,
         failure=command.failure,
-        ended_at=max(view.now, flow.created_at),
+        ended_at=max(view.now, flow.updated_at),
         **{name: value for name, value in named.items() if value is not UNSET},
     )
 

@@ -123,7 +123,7 @@ def _revive(view: View, task_ids: list[str]) -> tuple[list[endings.Change], list
         task
         for task in mine
         if task.status is TaskStatus.RUNNING
-        and task.task_id not in view.running
+        and not view.has_code(task)
         and task.interruptions < view.limits.interruptions
     ]
     queued = [

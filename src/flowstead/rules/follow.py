@@ -65,7 +65,7 @@ def conclude_cancel(view: View, command: c.Command, *, child_ended: bool) -> Dec
         wait_json=UNSET,
         blocked_task_id=None,
         blocked_summary=None,
-        ended_at=max(view.now, flow.created_at),
+        ended_at=max(view.now, flow.updated_at),
     )
     return Decision(flow=after, facts=(fact,))
 

@@ -63,7 +63,7 @@ def fate_of(task: StoredTask, view: View) -> tuple[Fate, str]:
     """What becomes of one launched child, and why."""
     flow, launch = view.flow, task.launch
     assert flow is not None and launch is not None
-    if task.task_id in view.running:
+    if view.has_code(task):
         return Fate.KEEP, "its code is running here"
     if has_ended(flow) or flow.cancel_requested_at is not None:
         return Fate.CANCEL, "interrupted by a restart after the flow ended or was asked to cancel"

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from typing import Final
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, Raw
 
 from flowstead.model.effect import Effect
 from flowstead.model.event import EventType
@@ -19,18 +19,18 @@ from flowstead.rules.children import Children
 class View(msgspec.Struct, gc=False):
     """The ground a decision stands on.
 
-    `running` holds the ids of children whose code runs in this process, `driven` says whether the flow's
+    `running` holds the attempt of each child whose code runs in this process, `driven` says whether the flow's
     controller does, and `controllers` which controllers could. `functions` are the registered ones, `bound`
     names the flow's children (by run id, or task id without one) whose unregistered function is in this
-    process. `closing` says that nothing may be started any more. A child that is `running` by its record but
-    not in `running` was cut off by a crash.
+    process. `closing` says that nothing may be started any more. A child that is `running` by its record, but
+    whose attempt is not in `running`, was cut off by a crash.
     """
 
     flow: StoredFlow | None
     children: Children
     now: int
     limits: Limits
-    running: Container[str] = ()
+    running: Mapping[str, int] = {}
     driven: bool = False
     controllers: Container[str] = ()
     functions: Container[str] = ()
@@ -46,7 +46,7 @@ class View(msgspec.Struct, gc=False):
 
     def has_code(self, task: StoredTask) -> bool:
         """Whether code of the child's present attempt runs here. One that waits for a retry has none."""
-        return task.status is TaskStatus.RUNNING and task.task_id in self.running
+        return task.status is TaskStatus.RUNNING and self.running.get(task.task_id) == task.attempt
 
 
 class Fact(msgspec.Struct, frozen=True, gc=False):
@@ -121,5 +121,10 @@ def _changed(
     return {
         wire[name]: None if value is UNSET else value
         for name, value in fields.items()
-        if getattr(before, name) is not value
+        if _differs(getattr(before, name), value)
     }
+
+
+def _differs(old: object, new: object) -> bool:
+    """Whether a field was changed. User JSON that is set again counts as changed: it is not looked into."""
+    return new is not old and (isinstance(new, Raw) or new != old)
