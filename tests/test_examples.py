@@ -64,6 +64,33 @@ def test_the_first_steps_answer_from_the_record_when_run_again(program: Program)
     assert program(EXAMPLES / "first_steps.py") == f"succeeded -> {greetings}\n"
 
 
+def without_numbers(text: str) -> str:
+    """Step numbers are not for ever; what is said about them is."""
+    return " ".join(re.sub(r"\d+", "0", text).split())
+
+
+def test_the_flow_test_explores_hundreds_of_runs_and_finds_nothing(program: Program) -> None:
+    told = program(EXAMPLES / "test_my_flow.py")
+
+    assert re.fullmatch(r"\d{3} runs, \d{3} crashes, no failure\n", told)
+
+
+def test_the_flow_test_without_its_key_fails_as_the_readme_shows(
+    program: Program, tmp_path: Path
+) -> None:
+    source = (EXAMPLES / "test_my_flow.py").read_text(encoding="utf-8")
+    broken = source.replace("(ctx.task_id, ", '(f"{ctx.task_id}-{ctx.attempt}", ')
+    (tmp_path / "test_broken.py").write_text(broken, encoding="utf-8")
+
+    told = program("-m", "pytest", "-q", "test_broken.py", exit_code=1)
+
+    [shown] = re.findall(r"^```text\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
+    assert broken != source
+    told = without_numbers(told)
+    for line in shown.splitlines():
+        assert line == "  ..." or without_numbers(line) in told
+
+
 def test_short_examples_stay_short() -> None:
     assert len((EXAMPLES / "first_steps.py").read_text().splitlines()) <= 25
     assert len((EXAMPLES / "seed.py").read_text().splitlines()) < 60

@@ -108,6 +108,19 @@ class Registry:
 
         return register
 
+    def replaced(self, replace: Callable[[TaskDefinition], TaskDefinition]) -> Registry:
+        """A registry with the same controllers whose tasks are what `replace` makes of them, for tests.
+
+        The functions registered here stand for the replaced tasks there.
+        """
+        registry = Registry()
+        registry.controllers = dict(self.controllers)
+        registry.tasks = {name: replace(task) for name, task in self.tasks.items()}
+        registry._by_function = {
+            function: registry.tasks[task.name] for function, task in self._by_function.items()
+        }
+        return registry
+
     def definition_of(self, run: str | Callable[..., Any]) -> TaskDefinition | None:
         """The definition behind a name or a registered function; None for a function nobody registered.
 

@@ -100,8 +100,8 @@ class Disk:
         self.fired: Counter[str] = Counter()
         """How often each fault has happened."""
         self.commits = 0
-        self.on_commit: Callable[[str], object] = lambda stage: None
-        """Told of every stage of every commit."""
+        self.on_commit: Callable[[str, Sequence[FlowWrite]], object] = lambda stage, writes: None
+        """Told of every stage of every commit: written, synced, visible."""
 
     def strikes(self, name: str) -> bool:
         """Whether a fault happens now."""
@@ -211,16 +211,16 @@ class SimulatedStore(MemoryStore):
         disk.is_committing = True
         disk.unsynced.append(writes)
         disk.hidden.append(writes)
-        disk.on_commit("written")
+        disk.on_commit("written", writes)
         if disk.durability == "full":
             await self._pause()
             disk.sync()
-            disk.on_commit("synced")
+            disk.on_commit("synced", writes)
         await self._pause()
         disk.reveal()
         disk.is_committing = False
         disk.commits += 1
-        disk.on_commit("visible")
+        disk.on_commit("visible", writes)
         await self._pause()
         if disk.strikes("fail_after"):
             raise OutcomeUnknown(f"{self.name} failed during a commit and cannot be asked.")

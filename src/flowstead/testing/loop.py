@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -151,7 +152,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                 self._ready.append(handle)
 
     def _pass_time(self) -> None:
-        if not self._scheduled:
+        if not any(_is_work(handle) for handle in self._scheduled):
             raise Deadlock(
                 "Nothing can run any more. Waiting:\n" + "\n".join(self._waiting())
                 + "\n(Threads, sockets and subprocesses are not simulated.)"
@@ -190,11 +191,19 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         """Tasks that have not ended, oldest first."""
         return [task for task in self._tasks if not task.done()]
 
+    def flow_code(self) -> list[str]:
+        """Where the code that uses the library is suspended, oldest task first."""
+        tasks = [task for task in self.pending_tasks() if is_of_a_flow(task)]
+        codes = [suspended(task) for task in tasks]
+        return [
+            f"{code.cr_code.co_qualname.rpartition('<locals>.')[2]} at {_where(code)}"
+            for code in codes
+        ]
+
     def _waiting(self) -> Iterator[str]:
         for task in self.pending_tasks():
-            frames = task.get_stack(limit=1)
-            where = f" at {_where(frames[-1])}" if frames else ""
-            yield f"  {task.get_name()}: {_name_of(task.get_coro())}{where}"
+            if (code := suspended(task)) is not None:
+                yield f"  {task.get_name()}: {code.cr_code.co_qualname} at {_where(code)}"
 
     def _busiest(self) -> str:
         return ", ".join(f"{name} ({n})" for name, n in Counter(self._lately).most_common(3))
@@ -237,5 +246,35 @@ def _name_of(coro: object) -> str:
     return getattr(coro, "__qualname__", type(coro).__qualname__)
 
 
-def _where(frame: Any) -> str:
+def suspended(task: asyncio.Task[Any]) -> Any:
+    """The innermost coroutine a task is suspended in, the code that is not the library's own if there is any."""
+    found: Any = None
+    coro: Any = task.get_coro()
+    while getattr(coro, "cr_frame", None) is not None:
+        if found is None or not _is_ours(coro) or _is_ours(found):
+            found = coro
+        coro = coro.cr_await
+    return found
+
+
+def _is_ours(coro: Any) -> bool:
+    name: str = coro.cr_frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] in ("flowstead", "anyio", "asyncio")
+
+
+def is_of_a_flow(task: asyncio.Task[Any]) -> bool:
+    """Whether a task is suspended in code that uses the library."""
+    code = suspended(task)
+    return code is not None and not _is_ours(code)
+
+
+def _where(coro: Any) -> str:
+    frame = coro.cr_frame
     return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+
+
+def _is_work(handle: Any) -> bool:
+    """Whether a timer may make something happen: the engine's sweep for idle flows never does."""
+    name = getattr(handle._callback, "__qualname__", "")
+    # anyio.sleep_forever is a timer too, for an instant that never comes.
+    return not handle._cancelled and handle._when < math.inf and name != "Engine._let_go"
