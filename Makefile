@@ -4,7 +4,7 @@ PY   ?= python3
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test test-fast check fmt bench crash constraints clean
+.PHONY: help demo dev test test-fast check fmt bench crash soak mutants constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,15 @@ test-fast: $(VENV)/.ready  ## the suite without processes that are killed
 
 crash: $(VENV)/.ready  ## only the tests that kill processes
 	$(BIN)/python -m pytest -q -m crash
+
+soak: $(VENV)/.ready  ## everything that can be run for longer, run for long; an hour of load comes last
+	FLOWSTEAD_KILL_CYCLES=1000 $(BIN)/python -m pytest -q -o timeout=0 tests/crash/test_kill.py
+	FLOWSTEAD_EVERY_OPERATION=1 FLOWSTEAD_IMAGES=10000 $(BIN)/python -m pytest -q -o timeout=0 tests/disk
+	FLOWSTEAD_SEEDS=2000 $(BIN)/python -m pytest -q -o timeout=0 tests/simulation
+	$(BIN)/python -m tests.soak.load --minutes 60
+
+mutants: $(VENV)/.ready  ## plant deliberate bugs, one at a time, and see each of them caught
+	$(BIN)/python -m tests.mutants.run
 
 check: $(VENV)/.ready  ## format, lint, strict types
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -40,7 +41,10 @@ CROWD = 48
 LEDGER = "load/ledger"
 PIPELINE = "load/pipeline"
 LIVE = ("queued", "running", "waiting", "blocked")
-LAUNCHABLE = ("quick", "quick", "slow", "slow", "broken", "flaky", "fragile", "bare")
+LAUNCHABLE = (
+    *("quick", "quick", "slow", "slow", "broken"),
+    *("flaky", "patient", "stuck", "fragile", "bare"),
+)
 
 
 class EarlyStore(SqliteStore):
@@ -93,6 +97,8 @@ class Load:
             (self.slow, "slow", {"timeout": 30.0}),
             (self.broken, "broken", {}),
             (self.flaky, "flaky", {"retry": Retry(max_attempts=3, initial=0.01, jitter=0.5)}),
+            (self.patient, "patient", {"retry": Retry(max_attempts=9, initial=0.25, factor=1.5)}),
+            (self.stuck, "stuck", {"timeout": 0.06, "retry": Retry(max_attempts=2, initial=0.05)}),
             (self.fragile, "fragile", {"on_restart": "lost"}),
         ):
             task(self._told(function), name=name, **options)
@@ -129,6 +135,15 @@ class Load:
             raise OSError("not this time")
         return given
 
+    async def patient(self, ctx: TaskContext, given: Any) -> Any:
+        """Fails often enough to be waiting for its next attempt when the process is killed."""
+        if ctx.attempt < 5:
+            raise OSError("not yet")
+        return given
+
+    async def stuck(self, ctx: TaskContext, given: Any) -> Any:
+        await asyncio.Event().wait()
+
     async def fragile(self, ctx: TaskContext, given: Any) -> Any:
         await asyncio.sleep(0.05 + (given % 5) * 0.08)
         return given
@@ -138,7 +153,7 @@ class Load:
         opened = await flow.once("open", self._effect(flow, "open"))
         assert opened == {"flow": flow.flow_id, "name": "open"}, opened
         await self._set(flow, "opened")
-        inputs = [1, 2, 3, 4, 5]
+        inputs = [0, 1, 7, 8]
         results = await flow.map("slow", inputs, name="work", limit=3)
         assert results == inputs, results
         await self._set(flow, "worked")
@@ -173,16 +188,22 @@ class Load:
         return self.flows
 
     async def run(self, flows: SessionFlows) -> None:
-        """Load the store for ever."""
+        """Load the store until it is closed."""
         self.flows = flows
+        try:
+            await self._learn_all(flows)
+        except RuntimeClosed:
+            return
+        async with anyio.create_task_group() as group:
+            for number in range(CLIENTS):
+                group.start_soon(self.client, random.Random(self.seed * 1000 + number))
+
+    async def _learn_all(self, flows: SessionFlows) -> None:
         for flow in await flows.list(status=LIVE, limit=CROWD):
             self.known[flow.flow_id] = flow
             for task in await flows.list_tasks(flow.flow_id, status=("queued", "running")):
                 if task.runtime == "acp":
                     self.linked.append(task.task_id)
-        async with anyio.create_task_group() as group:
-            for number in range(CLIENTS):
-                group.start_soon(self.client, random.Random(self.seed * 1000 + number))
 
     async def client(self, rng: random.Random) -> None:
         calls = (
@@ -198,7 +219,7 @@ class Load:
             (20, self.report),
             (16, self.launch),
             (3, self.launch_and_wait),
-            (5, self.drive),
+            (8, self.drive),
         )
         weights = [weight for weight, _ in calls]
         while True:
@@ -434,7 +455,7 @@ def load(
     early: bool = False,
     strict: bool = True,
 ) -> None:
-    """Load the store until the process is killed.
+    """Load the store until the process is killed, or asked to end: then it closes, with every call under way.
 
     Args:
         journal: Where to tell everything.
@@ -446,6 +467,8 @@ def load(
     """
 
     async def main() -> None:
+        asked = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
         load = Load(journal, seed, strict=strict)
         began = time.perf_counter()
         async with open_runtime(
@@ -456,6 +479,10 @@ def load(
         ) as runtime:
             journal.write(ready=time.perf_counter() - began)
             flows = runtime.tasks.flow.bind_session(session_key="agent:main:main")
-            await load.run(flows)
+            async with anyio.create_task_group() as group:
+                group.start_soon(load.run, flows)
+                await asked.wait()
+                await runtime.aclose()
+        journal.write(closed=True)
 
     asyncio.run(main())

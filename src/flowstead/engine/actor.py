@@ -146,8 +146,11 @@ class Actor:
 
     @property
     def doc(self) -> bytes | None:
-        """The flow's record as stored, if it is in memory."""
-        return self._doc
+        """The flow's record as stored, if it is in memory and no newer one is on its way to the disk.
+
+        Readers of the store may see that newer one already, and nobody's reads should go back.
+        """
+        return None if self._draft is not None else self._doc
 
     @property
     def is_idle(self) -> bool:
