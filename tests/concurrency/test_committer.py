@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -616,3 +617,50 @@ async def test_waiting_for_an_end_lasts_until_the_end_is_durable():
         assert (await soon(task_end)).result == "result"
         assert (await soon(flow_end)).status == "succeeded"
         assert (await soon(finishing)).applied
+
+
+# ---- a loop that ends under it --------------------------------------------------------------------
+
+
+async def test_a_committer_that_is_cancelled_leaves_nobody_without_an_answer_and_says_that_it_is_over():
+    store, lost = await opened(), []
+    committer = Committer(store, 2, on_lost=lambda: lost.append(True))
+    writers = [Told() for _ in range(6)]
+    job = asyncio.create_task(committer.run())
+    store.hold()
+    for writer in writers[:5]:
+        committer.submit(EMPTY, writer)
+    await store.wait_held()
+
+    job.cancel()
+    await asyncio.wait({job})
+    committer.submit(EMPTY, writers[5])
+    await settle()
+
+    assert job.cancelled()
+    told = [[type(answer) for answer in writer.answers] for writer in writers]
+    assert told == [[OutcomeUnknown]] * 2 + [[CommitFailed]] * 4
+    assert lost == [True]
+
+
+async def test_a_committer_cancelled_while_it_writes_one_by_one_answers_the_others_too():
+    class Hanging(FaultyStore):
+        async def commit(self, writes: Sequence[FlowWrite]) -> int:
+            if len(writes) > 1:
+                raise MISFIT
+            self.hold()
+            return await super().commit(writes)
+
+    store = Hanging()
+    await store.open()
+    committer, writers = a_committer(store), [Told() for _ in range(3)]
+    for writer in writers:
+        committer.submit(EMPTY, writer)
+    job = asyncio.create_task(committer.run())
+    await store.wait_held()
+
+    job.cancel()
+    await asyncio.wait({job})
+
+    told = [[type(answer) for answer in writer.answers] for writer in writers]
+    assert told == [[OutcomeUnknown], [CommitFailed], [CommitFailed]]

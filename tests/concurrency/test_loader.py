@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowstead.engine.loader import Loader
-from flowstead.errors import StoreUnusable
+from flowstead.errors import RuntimeClosed, StoreUnusable
 from flowstead.model.flow import FlowKey
 from flowstead.testing import ManualClock
 from tests.faulty_store import FaultyStore, flows_of, new_flow, running, settle, soon
@@ -241,3 +241,18 @@ async def test_a_failing_read_at_closing_time_does_not_keep_the_runtime_from_clo
 
         await asyncio.wait({call})
         assert isinstance(call.exception(), StoreUnusable)
+
+
+async def test_a_loader_that_is_cancelled_leaves_nobody_waiting():
+    loading = await Loading().__aenter__()
+    readers = [Reader(str(n)) for n in range(3)]
+    loading.shelf.gate.clear()
+    loading.loader.want(readers[0])
+    await settle()
+    loading.loader.want(readers[1])
+
+    await loading.__aexit__()
+    loading.loader.want(readers[2])
+    await settle()
+
+    assert [[type(answer) for answer in reader.told] for reader in readers] == [[RuntimeClosed]] * 3

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from flowstead.errors import CommitFailed, OutcomeUnknown, StoreError, StoreInUse, WriteConflict
 from flowstead.log import get_logger
@@ -22,6 +22,9 @@ from flowstead.store.codec import FlowWrite
 from flowstead.store.port import Store
 
 log = get_logger(__name__)
+
+
+_OVER: Final = "The event loop ended under the runtime: nothing is written any more."
 
 
 class Writer(Protocol):
@@ -54,11 +57,14 @@ class Committer:
         self._on_lost = on_lost
         self._pending: deque[tuple[FlowWrite, Writer]] = deque()
         self._wanted: asyncio.Event = asyncio.Event()
-        self._stopping = False
+        self._stopping = self._is_over = False
         self.statistics = CommitStatistics()
 
     def submit(self, write: FlowWrite, writer: Writer) -> None:
         """Queue an encoded write for the next batch."""
+        if self._is_over:
+            asyncio.get_running_loop().call_soon(writer.failed, CommitFailed(_OVER))
+            return
         self._pending.append((write, writer))
         self._wanted.set()
 
@@ -68,7 +74,20 @@ class Committer:
         self._wanted.set()
 
     async def run(self) -> None:
-        """Commit until stopped. One caller, for the life of the runtime."""
+        """Commit until stopped. One caller, for the life of the runtime.
+
+        Cancelled, as by an event loop that ends under a runtime nobody closed, it leaves nobody without an answer.
+        """
+        try:
+            await self._run()
+        finally:
+            self._is_over = True
+            if not self._stopping:
+                self._on_lost()
+            while self._pending:
+                self._refuse(self._take(), CommitFailed(_OVER))
+
+    async def _run(self) -> None:
         while True:
             if self._pending:
                 await self._upkeep(idle=False)
@@ -101,13 +120,15 @@ class Committer:
             if len(batch) == 1:
                 self._refuse(batch, conflict)
             else:
-                for ticket in batch:
-                    await self._commit([ticket])
+                await self._commit_singly(batch)
         except (CommitFailed, OutcomeUnknown, StoreInUse) as error:
             if isinstance(error, StoreInUse):
                 # Somebody else acts on these flows now: code that runs here must not go on.
                 self._on_lost()
             self._refuse(batch, error)
+        except asyncio.CancelledError:
+            self._refuse(batch, OutcomeUnknown(f"{_OVER} It was in the midst of a commit."))
+            raise
         except Exception as error:
             # A fault of the store's own: what it left behind is known only after reading.
             unknown = OutcomeUnknown(f"{self._store.name} failed unexpectedly: {error!r}.")
@@ -123,7 +144,17 @@ class Committer:
                     log.exception("commit.not_adopted")
                 position += len(write.events)
 
+    async def _commit_singly(self, batch: list[tuple[FlowWrite, Writer]]) -> None:
+        left = deque(batch)
+        try:
+            while left:
+                await self._commit([left.popleft()])
+        finally:
+            self._refuse(list(left), CommitFailed(_OVER))
+
     def _refuse(self, batch: list[tuple[FlowWrite, Writer]], error: StoreError) -> None:
+        if not batch:
+            return
         self.statistics.failed += len(batch)
         log.error("commit.failed", writes=len(batch), error=type(error).__name__, reason=str(error))
         for _, writer in batch:

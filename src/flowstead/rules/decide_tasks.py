@@ -202,7 +202,8 @@ def cancel_task(view: View, command: c.CancelTask) -> Answer:
 def release_tasks(view: View, command: c.ReleaseTasks) -> Answer:
     """running → queued, for children stopped by shutdown."""
     active = view.children.active
-    running = [active[i] for i in command.task_ids if i in active]
+    # One that was stopped and started again while closing is named twice.
+    running = [active[i] for i in dict.fromkeys(command.task_ids) if i in active]
     released = [
         endings.release(t, view.now)
         for t in running

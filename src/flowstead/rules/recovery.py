@@ -79,6 +79,8 @@ def fate_of(task: StoredTask, view: View) -> tuple[Fate, str]:
         return Fate.LOSE, "the process ended before the child's outcome was recorded"
     if _is_worn(task, view):
         return Fate.LOSE, f"interrupted {task.interruptions + 1} times; not started again"
+    if view.closing:
+        return Fate.KEEP, "the runtime is closing"
     return Fate.RESTART, "it was cut off"
 
 
