@@ -22,11 +22,11 @@ dev: $(VENV)/.ready   ## set up .venv with everything
 demo: $(VENV)/.ready  ## triage a real mailbox, kill -9 half way, restart, lose nothing
 	@$(BIN)/python examples/inbox_triage.py --demo
 
-test: $(VENV)/.ready  ## the whole suite
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.ready  ## the whole suite, on every core
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-fast: $(VENV)/.ready  ## the suite without processes that are killed
-	$(BIN)/python -m pytest -q -m "not crash"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not crash"
 
 crash: $(VENV)/.ready  ## only the tests that kill processes
 	$(BIN)/python -m pytest -q -m crash

@@ -138,6 +138,17 @@ def test_each_row_of_the_table_speaks_of_some_child_and_the_rows_do_not_overlap(
 
 
 @pytest.mark.parametrize("facts", EVERY, ids=named)
+def test_while_the_runtime_closes_nothing_is_started_and_nobody_is_given_up(facts: Facts) -> None:
+    view, task, _ = ground(facts)
+    view.closing = True
+
+    fate, _ = fate_of(task, view)
+
+    assert fate in (Fate.KEEP, Fate.CANCEL)
+    assert (fate is Fate.CANCEL) == (fate_by_the_table(facts) is Fate.CANCEL)
+
+
+@pytest.mark.parametrize("facts", EVERY, ids=named)
 def test_the_fate_of_a_child_is_what_the_table_says(facts: Facts) -> None:
     view, task, _ = ground(facts)
 

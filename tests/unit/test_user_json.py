@@ -199,6 +199,28 @@ class HostileText(str):
         raise RuntimeError("no bytes")
 
 
+class Posing:
+    """A value that passes itself off as a dict, and is none."""
+
+    @property
+    def __class__(self) -> Any:
+        return dict
+
+    def __len__(self) -> int:
+        return 0
+
+    def items(self) -> Any:
+        return ()
+
+
+class Nameless(type):
+    """A class that will not say what it is called."""
+
+    @property
+    def __qualname__(cls) -> str:  # type: ignore[override]
+        raise RuntimeError("no name")
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -213,6 +235,8 @@ class HostileText(str):
         type("N" * 100_000, (), {})(),
         type("X", (), {"__qualname__": "lone \ud800 name"})(),
         {type("N" * 100_000, (), {})(): 1},
+        Posing(),
+        [Posing()],
     ],
     ids=[
         "value",
@@ -226,10 +250,18 @@ class HostileText(str):
         "long class",
         "unnameable class",
         "key of long class",
+        "no dict",
+        "no dict in list",
     ],
 )
 def test_a_value_that_misbehaves_is_refused_like_any_other(value: Any) -> None:
     assert refused(value).code == Code.INVALID_STATE
+
+
+def test_a_value_whose_class_will_not_say_its_name_is_refused_without_one() -> None:
+    value = Nameless("Hidden", (), {})()
+
+    assert "is of type an unnamed type, which is not a JSON value" in refused([value]).reason
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def _revive(view: View, task_ids: list[str]) -> tuple[list[endings.Change], list
 
     Answers the ones restarted under a new attempt, and the ids of those that may stand in line again.
     """
-    if view.flow is None or lifecycle.refusal(view.flow, Operation.RUN_TASK):
+    if view.closing or view.flow is None or lifecycle.refusal(view.flow, Operation.RUN_TASK):
         return [], []
     asked = [view.children.active.get(task_id) for task_id in dict.fromkeys(task_ids)]
     mine = [task for task in asked if task and task.launch and task.launch.function is None]

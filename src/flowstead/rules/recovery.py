@@ -67,6 +67,8 @@ def fate_of(task: StoredTask, view: View) -> tuple[Fate, str]:
         return Fate.KEEP, "its code is running here"
     if has_ended(flow) or flow.cancel_requested_at is not None:
         return Fate.CANCEL, "interrupted by a restart after the flow ended or was asked to cancel"
+    if view.closing:
+        return Fate.KEEP, "the runtime is closing; the next one decides"
     if launch.function is None and _is_worn(task, view):
         return Fate.LOSE, f"interrupted {task.interruptions + 1} times; not started again"
     if not view.has_function(task):
@@ -79,8 +81,6 @@ def fate_of(task: StoredTask, view: View) -> tuple[Fate, str]:
         return Fate.LOSE, "the process ended before the child's outcome was recorded"
     if _is_worn(task, view):
         return Fate.LOSE, f"interrupted {task.interruptions + 1} times; not started again"
-    if view.closing:
-        return Fate.KEEP, "the runtime is closing"
     return Fate.RESTART, "it was cut off"
 
 
