@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Final, Protocol
 
 if sys.version_info >= (3, 14):
-    from uuid import uuid7
+    from uuid import uuid7  # pragma: no cover - one of the two, as the Python goes
 else:
-    from uuid_utils import uuid7
+    from uuid_utils import uuid7  # pragma: no cover - one of the two, as the Python goes
 
 
 class Handle(Protocol):

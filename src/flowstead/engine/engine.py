@@ -233,8 +233,7 @@ class Engine:
 
     def _look_again(self, key: FlowKey) -> None:
         """A flow whose last draft was dropped: see what its snapshot says is due."""
-        if not self._is_closed:
-            self._actor(key, False).nudge()
+        self._actor(key, False).nudge()
 
     def _tick(self, key: FlowKey) -> None:
         if not self._is_closed:

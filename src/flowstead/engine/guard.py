@@ -82,7 +82,7 @@ def stopped(reason: StopReason | None, detail: str | None = None) -> Outcome:
         case StopReason.FLOW_ENDED:
             message = "stopped because the flow ended"
             return Cancelled(Failure(kind="cancelled", message=_joined(message, detail)))
-        case StopReason.CANCELLED | None:
+        case StopReason.CANCELLED | None:  # pragma: no branch - there is no fourth reason
             message = "stopped on request"
             return Cancelled(Failure(kind="cancelled", message=_joined(message, detail)))
 

@@ -213,7 +213,7 @@ class Supervisor:
                         child.stop(reason)
                 case StartController(controller_id):
                     self._start_controller(key, controller_id)
-                case StopController():
+                case StopController():  # pragma: no branch - there is no fifth effect
                     crew = self._crews.get(key)
                     if crew is not None and crew.controller is not None:
                         crew.controller.cancel()

@@ -81,5 +81,5 @@ def refusal(flow: Flow, operation: Operation) -> Refusal | None:
             return None
         case Verdict.CANCEL_REQUESTED:
             return CANCEL_REQUESTED
-        case Verdict.TERMINAL:
+        case Verdict.TERMINAL:  # pragma: no branch - there is no fourth verdict
             return Refusal(Code.TERMINAL, f"Flow is already {flow.status.value}.")

@@ -207,6 +207,9 @@ def prepare(connection: sqlite3.Connection, name: str) -> bool:
             migrate(connection)
         connection.execute("PRAGMA user_version = " + str(VERSION))
         connection.execute("PRAGMA application_id = " + str(APPLICATION_ID))
+        if missing := find_missing(connection):
+            told = ", ".join(missing)
+            raise StoreUnusable(name, f"it is damaged ({told}). It was left as it is.")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
@@ -242,9 +245,26 @@ def check(connection: sqlite3.Connection, name: str) -> int:
 # ---- is everything there? -------------------------------------------------------------------------
 
 _NAMES: Final = frozenset(
-    b"ownership flows tasks events flows_by_id flows_by_idempotency_key flows_by_owner"
-    b" flows_by_correlation flows_live flows_due tasks_by_flow tasks_by_run tasks_launched tasks_due"
-    b" events_by_flow v_flows v_tasks v_history".split()
+    [
+        "ownership",
+        "flows",
+        "tasks",
+        "events",
+        "flows_by_id",
+        "flows_by_idempotency_key",
+        "flows_by_owner",
+        "flows_by_correlation",
+        "flows_live",
+        "flows_due",
+        "tasks_by_flow",
+        "tasks_by_run",
+        "tasks_launched",
+        "tasks_due",
+        "events_by_flow",
+        "v_flows",
+        "v_tasks",
+        "v_history",
+    ]
 )
 _COUNTERS: Final = ("epoch", "commits", "last_position", "flows", "tasks", "events")
 # None of these reads a record. SQLite counts a table by its smallest index, page by page.
@@ -286,9 +306,9 @@ def find_faults(connection: sqlite3.Connection) -> list[str]:
 
 def find_missing(connection: sqlite3.Connection) -> list[str]:
     """What the ownership row says should be there and is not, in plain words. Reads no record."""
-    found = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+    found = {codec.plain(row[0]) for row in connection.execute("SELECT name FROM sqlite_master")}
     if gone := sorted(_NAMES - found):
-        return [f"{gone[0].decode()} is missing"]
+        return [f"{gone[0]} is missing"]
     rows = connection.execute(
         "SELECT epoch, commits, last_position, flows, tasks, events FROM ownership"
     ).fetchall()

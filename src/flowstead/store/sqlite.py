@@ -120,9 +120,8 @@ class WorkerConnection(aiosqlite.Connection):
     async def close(self) -> None:
         """Run what waits, close the connection, and see its thread end."""
         await super().close()
-        if self._thread.ident is not None:
-            # It has answered already and only has to return.
-            self._thread.join()
+        # It has answered already and only has to return.
+        self._thread.join()
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Run `function(connection, *args)` on the connection's thread.
