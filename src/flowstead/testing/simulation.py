@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Final, TypeVar
 
 import msgspec
+from anyio._backends import _asyncio
 
 from flowstead.engine.guard import consists_of
 from flowstead.errors import StoreError
@@ -370,10 +371,15 @@ def _bury(loop: SimulatedLoop, runtime: Runtime | None) -> None:
     if runtime is not None:
         runtime._core = None  # or it would warn that nobody closed it
     loop.set_exception_handler(lambda *_: None)
-    for task in loop.pending_tasks():
+    tasks = loop.pending_tasks()
+    for task in tasks:
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         with suppress(BaseException):
             coro = task.get_coro()
             if coro is not None:
                 coro.close()
     loop.close()
+    # What a task waits for holds the task, and anyio keeps by task what holds it until its scopes are left.
+    states = getattr(_asyncio, "_task_states", {})
+    for task in tasks:
+        states.pop(task, None)
