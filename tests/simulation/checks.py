@@ -1,0 +1,314 @@
+"""The twelve invariants, each a function to be asked of a world that stands still.
+
+I2, I3 and I5 are also held by the model, which folds every event at the instant of its commit, and by the order
+of calls, which no answer may run ahead of.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from flowstead import StoreError
+from flowstead.store import codec
+from flowstead.store.codec import EventRow, FlowRow, TaskRow
+from tests import invariants
+from tests.invariants import FlowRows, TaskRows
+from tests.simulation import model as spec
+from tests.simulation.judge import task_view, view_of
+from tests.simulation.operations import ADMIN, OWNERS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.simulation.machine import World
+
+
+def _flow_rows(world: World, key: int) -> FlowRows:
+    """One flow of the simulated disk, in the shape the checker of files knows."""
+    tables = world.disk.written
+    row = tables.flows[key]
+    flow = FlowRows(row._asdict(), json.loads(row.doc))
+    for task_key in tables.children.get(key, ()):
+        task = tables.tasks[task_key]
+        flow.tasks[task.task_id] = TaskRows(task._asdict(), json.loads(task.doc))
+    for _, position in sorted(tables.lines[key].items()):
+        event = json.loads(tables.events[position].doc)
+        flow.events.append(event)
+        if task_id := event.get("taskId"):
+            flow.tasks[task_id].events.append(event)
+    return flow
+
+
+def _live_runtimes(world: World) -> list[Any]:
+    return [] if world.runtime is None else [world.runtime]
+
+
+def check_i1_one_actor_for_each_flow(world: World) -> None:
+    """One directory of actors, each under its own key, in the one runtime that owns the store."""
+    for runtime in _live_runtimes(world):
+        for key, actor in runtime._core.engine._actors.items():
+            assert actor.key == key, f"the actor of {actor.key} is kept as {key}"
+    epoch = world.disk.written.epoch
+    for runtime in world.overtaken:
+        assert runtime._core.engine.store._epoch < epoch, "an overtaken runtime holds the epoch"
+
+
+def check_i2_revisions_count_changes(world: World, flow: FlowRows) -> None:
+    """Revisions and seqs are counted without gaps, and the record stands at the last."""
+    invariants.check_history_has_no_gap(flow)
+    invariants.check_revisions(flow)
+
+
+def check_i3_nothing_is_told_before_it_is_durable(world: World) -> None:
+    """Nobody has been answered from, nor does code run by, what the disk does not hold."""
+    told = world.order.acknowledged(world.tick())
+    assert told <= len(world.model.entries), f"position {told} was told of and is not there"
+    if not world.overtaken:
+        for task_id, attempt in world.running.items():
+            task = world.model.task(task_id)
+            assert task is not None, f"{task_id} runs and does not exist"
+            assert task.attempt >= attempt, f"{task_id} runs as {attempt}: {task}"
+
+
+def check_i4_actors_know_what_is_stored(world: World) -> None:
+    """An actor without a draft under way holds the record that is stored, to the byte, or none."""
+    if world.files is not None:
+        return
+    tables = world.disk.written
+    for runtime in _live_runtimes(world):
+        for key, actor in runtime._core.engine._actors.items():
+            if actor.doc is None or actor._draft is not None:
+                continue
+            stored = tables.flows[tables.flow_keys[key]].doc.encode()
+            assert actor.doc == stored, f"{key}: in memory {actor.doc!r}, stored {stored!r}"
+            active = {
+                tables.tasks[row].task_id: tables.tasks[row].doc.encode()
+                for row in tables.children.get(actor._flow.key, ())
+                if tables.tasks[row].status in spec.ACTIVE
+            }
+            known = {name: codec.encode(task) for name, task in actor._children.active.items()}
+            assert known == active, f"{key}: children in memory {known}, stored {active}"
+
+
+def check_i5_the_end_is_final(world: World, flow: FlowRows) -> None:
+    """Ended stays ended, an intent stays stamped, and the record is what the history tells."""
+    invariants.check_end_is_final(flow)
+    invariants.check_cancel_intent_is_kept(flow)
+    invariants.check_history_tells_the_flow(flow)
+    invariants.check_times_of_flow(flow)
+
+
+def check_i6_children_end_once(world: World, flow: FlowRows) -> None:
+    """One end for each child, told once, under the attempt that was running, with its own result."""
+    for task in flow.tasks.values():
+        for check in invariants.OF_A_TASK:
+            check(task)
+        if task.doc["status"] == "succeeded":
+            _check_result(task)
+    groups = Counter[str]()
+    for task in flow.tasks.values():
+        if task.doc["status"] == "running" and "launch" in task.doc:
+            launch = task.doc["launch"]
+            groups[launch.get("group", "")] += 1
+            limit = launch.get("limit", spec.RUNNING_CHILDREN)
+            running = groups[launch.get("group", "")]
+            assert running <= limit, f"{flow.name}: {running} children run, {limit} may"
+
+
+def _check_result(task: TaskRows) -> None:
+    told, doc = task.doc.get("resultJson"), task.doc
+    if "launch" not in doc:
+        expected: Any = {"token": doc["terminalSummary"]}
+    elif doc["task"] == "post":
+        expected = "posted"
+    else:
+        expected = {"by": doc["taskId"], "attempt": doc["attempt"]}
+    assert told == expected, f"{task.name} succeeded with {told!r}, not {expected!r}"
+
+
+def check_i7_one_commit_at_a_time(world: World) -> None:
+    """The world counts commits as they begin and end; two at once are noted where it happens."""
+    assert not world.violations, world.violations
+
+
+def check_i8_every_row_can_be_read(world: World, flow: FlowRows) -> None:
+    """Every record decodes, and the columns beside it say the same."""
+    codec.read_stored_flow(json.dumps(flow.doc).encode())
+    invariants.check_flow_columns(flow)
+    for task in flow.tasks.values():
+        codec.read_stored_task(json.dumps(task.doc).encode())
+        invariants.check_task_columns(task, flow)
+
+
+def check_i9_unanswered_calls_are_done_or_not_at_all(world: World) -> None:
+    """A call whose caller is gone has changed one thing or nothing."""
+    made = Counter(call.number for call in world.made_by.values())
+    twice = [number for number, count in made.items() if count > 1]
+    assert not twice, f"calls {twice} were applied more than once"
+
+
+def check_i10_closing_leaves_nobody_waiting(world: World) -> None:
+    """After an orderly close every call has been answered, and no child that ran is recorded as running."""
+    waiting = [call.name for call in world.calls if call.verdict == "open"]
+    assert not waiting, f"never answered: {waiting}"
+    for task_id in world.stopped:
+        task = world.model.task(task_id)
+        assert task is not None, f"{task_id} ran and does not exist"
+        left = task.status in ("running", "lost")
+        assert not left, f"stopped by the close, and left running or lost: {task}"
+
+
+def check_i11_an_idle_restart_changes_nothing(world: World) -> None:
+    """Opening and closing a store that is at rest leaves every row as it was."""
+    assert world.close(), "nobody dies in a calm world"
+    world.boot()
+    assert world.advance(10.0), "nobody dies in a calm world"
+    assert world.close(), "nobody dies in a calm world"
+    if any(_goes_on(log.now) for log in world.model.flows.values()):
+        # A controller that waits for somebody else's child is entered again, and may write.
+        world.boot()
+        world.close()
+        return
+    before = dump(world)
+    world.boot()
+    assert world.advance(60.0), "nobody dies in a calm world"
+    assert world.close(), "nobody dies in a calm world"
+    after = dump(world)
+    assert before == after, f"an idle restart changed {before ^ after}"
+
+
+def _goes_on(state: spec.FlowState) -> bool:
+    return state.controller in spec.CONTROLLERS and state.status in spec.ACTIVE
+
+
+def check_i12_strangers_see_nothing(world: World) -> None:
+    """What an owner can list is his, whole; what is another's is not there."""
+    if world.runtime is None:
+        return
+    world.play(_ask_as_strangers(world), place="looking around")
+
+
+async def _ask_as_strangers(world: World) -> None:
+    for owner in OWNERS:
+        flows = world.runtime.tasks.flow.bind_session(session_key=owner)
+        others = [log.now for log in world.flows_of(ADMIN) if log.now.owner != owner]
+        try:
+            listed = await flows.list(limit=1000)
+            assert all(flow.owner_key == owner for flow in listed), f"{owner} sees others' flows"
+            for state in others[:3]:
+                found = await flows.get(state.flow_id)
+                assert found is None or found.owner_key == owner, f"{owner} sees {found}"
+                for task_id in list(state.tasks)[:2]:
+                    assert await flows.get_task(task_id) is None, f"{owner} sees {task_id}"
+        except StoreError:
+            assert world._failing, "a read failed in a calm world"
+
+
+OF_A_FLOW = (
+    check_i2_revisions_count_changes,
+    check_i5_the_end_is_final,
+    check_i6_children_end_once,
+    check_i8_every_row_can_be_read,
+)
+OF_A_WORLD = (
+    check_i1_one_actor_for_each_flow,
+    check_i3_nothing_is_told_before_it_is_durable,
+    check_i4_actors_know_what_is_stored,
+    check_i7_one_commit_at_a_time,
+    check_i9_unanswered_calls_are_done_or_not_at_all,
+)
+
+
+def check_standing_still(world: World) -> None:
+    """Everything that can be asked without letting the world move, of what has changed since the last time."""
+    for check in OF_A_WORLD:
+        check(world)
+    if world.files is not None or len(world.disk.written.events) != len(world.model.entries):
+        # Between a write and its sync there is nothing to compare.
+        return
+    touched, world.touched = sorted(world.touched), set()
+    for key in touched:
+        if key not in world.disk.written.flows:
+            continue
+        flow = _flow_rows(world, key)
+        for check_flow in OF_A_FLOW:
+            check_flow(world, flow)
+        _check_model(world, flow)
+
+
+def _check_model(world: World, flow: FlowRows) -> None:
+    """The stored rows are what the model made of the history."""
+    state = world.model.flows[(flow.row["owner_key"], flow.row["flow_id"])].now
+    stored = view_of(codec.read_flow(json.dumps(flow.doc).encode()))
+    assert stored == state.view(), f"stored {stored}, the model says {state.view()}"
+    told = {name: task.view() for name, task in state.tasks.items()}
+    kept = {
+        name: task_view(codec.read_task(json.dumps(task.doc).encode()))
+        for name, task in flow.tasks.items()
+    }
+    assert kept == told, f"stored {kept}, the model says {told}"
+
+
+def check_at_rest(world: World) -> None:
+    """After healing: nobody waits, nothing that could go on stands still, and a restart changes nothing."""
+    statistics = world.runtime._core.engine.statistics()
+    assert statistics.waiting_mutations == 0, f"mailboxes are not empty: {statistics}"
+    assert statistics.running_children == 0, f"children still run: {sorted(world.running)}"
+    late = [call.name for call in world.clients.values() if not _may_wait(world, call)]
+    assert not late, f"never answered: {late}"
+    for log in world.model.flows.values():
+        state = log.now
+        for task in state.active:
+            assert not task.launched or _may_stand(state, task), (
+                f"{state.flow_id}: {task} stands still"
+            )
+        if state.intent is not None and not state.active:
+            assert state.has_ended, f"cancel was requested, and nothing ends {state}"
+        if state.controller in spec.CONTROLLERS and not (state.intent and state.active):
+            assert state.status not in spec.ACTIVE, f"its controller is stuck: {state}"
+    check_standing_still(world)
+
+
+def _may_stand(state: spec.FlowState, task: spec.TaskState) -> bool:
+    """A step of a bare function waits for its controller, which waits for its flow to be resumed."""
+    return state.status in ("waiting", "blocked") and task.text in ("bare", "post")
+
+
+def _may_wait(world: World, call: Any) -> bool:
+    """Whoever waits for an end that did not come may wait on."""
+    if call.op == "result":
+        found = [log.now for log in world.flows_of(call.actor) if log.now.flow_id == call.flow_id]
+        # For operators an id may mean another flow by now than when they began to wait.
+        return any(not state.has_ended for state in found)
+    if call.op == "wait_task":
+        task = world.model.task(call.task_id or "")
+        return task is not None and task.is_active
+    return False
+
+
+def dump(world: World) -> set[FlowRow | TaskRow | EventRow | tuple[Any, ...]]:
+    """Every row of the store."""
+    if world.files is not None:
+        rows = invariants.dump(world.files.path)
+        return {(table, *row) for table, found in rows.items() for row in found}
+    tables = world.disk.written
+    flows = {row._replace(expected_revision=None) for row in tables.flows.values()}
+    tasks = {row._replace(fresh=False) for row in tables.tasks.values()}
+    return {*flows, *tasks, *tables.events.values()}
+
+
+def check_file(world: World, directory: Path) -> None:
+    """The real file of a process that is gone, checked on a copy with everything there is to check."""
+    assert world.files is not None
+    copied = directory / "copy"
+    copied.mkdir()
+    for name in ("flows.db", "flows.db-wal"):
+        if (file := world.files.path.with_name(name)).exists():
+            shutil.copyfile(file, copied / name)
+            (copied / name).chmod(0o600)
+    if (copied / "flows.db").exists():
+        invariants.check_all(copied / "flows.db")
+    shutil.rmtree(copied)

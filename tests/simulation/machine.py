@@ -1,0 +1,587 @@
+"""A world: one runtime after another on one simulated disk, callers who record what they saw, and code to run.
+
+Whatever becomes durable is folded into the model at that very instant; whatever is answered is judged once the
+world stands still. What a world does follows from its seed and from what it is told to do, so it can be told
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import Counter
+from collections.abc import Awaitable, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import anyio
+import msgspec
+
+from flowstead import FlowContext, FlowError, Limits, Registry, Retry, Runtime, TaskContext
+from flowstead.errors import StoreError
+from flowstead.store.codec import FlowWrite
+from flowstead.testing import CALM, Faults, Schedule, Simulation, SqliteFiles
+from flowstead.testing.simulation import Crashed
+from tests.simulation import judge
+from tests.simulation import model as spec
+from tests.simulation.linear import Order
+from tests.simulation.model import Entry, FlowLog, Model, Wrong
+from tests.simulation.operations import ADMIN, OPERATIONS, Call, Spec
+
+LIMITS = Limits(
+    state_bytes=spec.STATE_BYTES,
+    state_warn_bytes=spec.STATE_BYTES,
+    mailbox=spec.MAILBOX,
+    running_children=spec.RUNNING_CHILDREN,
+    active_children=spec.ACTIVE_CHILDREN,
+    interruptions=3,
+    cancel_grace=20.0,
+    shutdown_grace=2.0,
+    idle_seconds=3.0,
+    idle_flows=5,
+    watcher_events=8,
+)
+HEALED_SECONDS = 240.0
+"""In this much virtual time after the last fault everything must have come to rest."""
+
+
+class World:
+    """One world, from its first process to its last. Use it in a `with` statement.
+
+    Args:
+        seed: The order of steps, delays and faults.
+        shuffle: Ready tasks run in any order.
+        durability: What the disk keeps when power fails.
+        directory: Where the real SQLite store keeps its files, instead of a simulated disk.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        shuffle: bool = False,
+        durability: str = "full",
+        directory: Path | None = None,
+    ) -> None:
+        self.files = None if directory is None else SqliteFiles(directory)
+        self.simulation = Simulation(
+            Schedule(seed=seed, shuffle=shuffle, durability=durability),
+            store=None if self.files is None else self._tapped_store,
+        )
+        self.disk = self.simulation.disk
+        self.durability = durability
+        self._told = self.disk.on_commit
+        self.disk.on_commit = self._on_commit
+        self.registry = self._registry()
+        self.model = Model()
+        self.order = Order()
+        self.calls: list[Call] = []
+        self.answered: list[Call] = []
+        self.clients: dict[asyncio.Task[None], Call] = {}
+        self.runtime: Any = None
+        self.overtaken: list[Runtime] = []
+        self.made_by: dict[int, Call] = {}
+        """The call behind a position of the history, where the event names it."""
+        self.violations: list[str] = []
+        self.seen: Counter[str] = Counter()
+        """How often each thing has happened: operations, codes, crashes."""
+        self.running: dict[str, int] = {}
+        self.keys: dict[str, Counter[str]] = {}
+        self.stopped: list[str] = []
+        """Children whose code the last orderly close has stopped."""
+        self.hanging: dict[str, asyncio.Event] = {}
+        self.gates_open = False
+        self.process = 0
+        self.touched: set[int] = set()
+        self.trouble_at = 0
+        self._stubborn: set[str] = set()
+        self._begun: set[tuple[int, str, int]] = set()
+        self._ticks = 0
+        self._failing = False
+        self._furthest_shift = 0
+        self._committing = False
+        self._commit_tick = 0
+        self._reader: tuple[Path, sqlite3.Connection] | None = None
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.process += 1
+        self._close_reader()
+        self.simulation.close()
+        if self.files is not None:
+            self.files.close()
+
+    def tick(self) -> int:
+        """The next instant."""
+        self._ticks += 1
+        return self._ticks
+
+    @property
+    def is_up(self) -> bool:
+        return self.runtime is not None
+
+    # ---- processes --------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Start a process, and again if it dies or cannot open its store on the way."""
+        self._close_reader()
+        for _ in range(100):
+            self.process += 1
+            try:
+                self.runtime = self.simulation.boot(registry=self.registry, limits=LIMITS)
+            except Crashed:
+                self._after_death("opening")
+            except StoreError:
+                self.seen["open failed"] += 1
+            else:
+                return
+        raise Wrong("the store could not be opened in a hundred attempts")
+
+    def play(self, code: Awaitable[Any], *, place: str = "calls") -> bool:
+        """Let the process run until this is done; answers whether it lived to see it."""
+        try:
+            self.simulation.play(code)
+        except Crashed:
+            self._after_death(place)
+            return False
+        self.settle()
+        return True
+
+    def advance(self, seconds: float) -> bool:
+        """Let virtual time pass."""
+        return self.play(asyncio.sleep(seconds), place="time passing")
+
+    def kill(self, *, power: bool = False) -> None:
+        """The process dies between two steps."""
+        self.simulation.kill(power=power)
+        self._after_death("standing still", power=power)
+
+    def crash_after(self, steps: int, *, power: bool = False) -> None:
+        """The process dies that many steps into whatever it does next."""
+        self.simulation.crash(after=steps, power=power)
+
+    def close(self) -> bool:
+        """Close in good order; answers whether it came to that."""
+        self.note_trouble()
+        self.stopped = []
+        try:
+            self.simulation.play(self._close_all())
+            self.simulation.shut()
+        except Crashed:
+            self._after_death("closing")
+            return False
+        self.seen["closed"] += 1
+        self._bury()
+        self.settle()
+        return True
+
+    async def _close_all(self) -> None:
+        stopped = [] if self._failing or self.overtaken else sorted(self.running)
+        for runtime in (self.runtime, *self.overtaken):
+            await runtime.aclose()
+        # What will not stop in time is left behind, and counts as interrupted.
+        gone = [task_id for task_id in stopped if task_id not in self.running]
+        self.stopped = [task_id for task_id in gone if task_id not in self._stubborn]
+        if self.clients:
+            # They are answered by now, but have not run yet to hear it.
+            await asyncio.wait(tuple(self.clients), timeout=5.0)
+
+    def take_over(self) -> bool:
+        """A second runtime takes the store from the first, which goes on as if it had not."""
+        self.note_trouble()
+        before = self.runtime
+        try:
+            self.runtime = self.simulation.boot(
+                registry=self.registry, limits=LIMITS, takeover=True
+            )
+        except Crashed:
+            self._after_death("opening")
+            return False
+        except StoreError:
+            self.seen["open failed"] += 1
+            return False
+        self.seen["takeover"] += 1
+        self.process += 1
+        self.overtaken.append(before)
+        # What the first one runs is not this process's any more.
+        self.running.clear()
+        for call in self.clients.values():
+            call.overtaken = True
+        self.settle()
+        return True
+
+    def jump_clock(self, seconds: int) -> None:
+        """The wall clock is put wrong by so much, in either direction."""
+        self.seen["clock jump"] += 1
+        self.simulation.clock.shift_ms = seconds * 1000
+        self._furthest_shift = max(self._furthest_shift, seconds * 1000)
+
+    def set_faults(self, faults: Faults) -> None:
+        """The disk begins to fail in this way, or ceases to."""
+        self.note_trouble()
+        self.disk.faults = faults
+        self._failing = faults != CALM
+
+    def note_trouble(self) -> None:
+        """Calls under way may fail for no reason of their own."""
+        self.trouble_at = self.tick()
+        for call in self.clients.values():
+            call.troubled = True
+
+    def _after_death(self, place: str, *, power: bool | None = None) -> None:
+        power = self.simulation._power_fails if power is None else power
+        self.seen["power cut" if power else "crash"] += 1
+        self.seen[f"died while {place}"] += 1
+        self._pull(self.tick())
+        self._judge()
+        self._bury()
+        self._survive(power)
+
+    def _bury(self) -> None:
+        """Nobody answers any more."""
+        died = self.tick()
+        for call in self.clients.values():
+            if call.returned is None:
+                call.died, call.verdict = died, "unknown"
+        self.clients.clear()
+        self.runtime, self.process = None, self.process + 1
+        self.overtaken.clear()
+        self.running.clear()
+        self.hanging.clear()
+        self._committing = False
+        self._judge()
+
+    def _survive(self, power: bool) -> None:
+        """Compare what is left on the disk with what was known of it."""
+        known, left = self.model.entries, self._rows(0)
+        for entry, (_, _, doc) in zip(known, left, strict=False):
+            if entry.event != msgspec.json.decode(doc):
+                raise Wrong(f"the history has changed: {entry} is now {doc!r}")
+        if len(left) >= len(known):
+            self._pull(self.tick())
+            return
+        if not power:
+            raise Wrong(f"{len(known) - len(left)} events are gone, and nobody cut the power")
+        told = self.order.acknowledged(self.tick())
+        if self.durability == "full" and told > len(left):
+            raise Wrong(f"position {told} was acknowledged, but only {len(left)} are left")
+        self.seen["suffix lost"] += 1
+        for name in self.order.cut(len(left)):
+            self.seen["acknowledged and lost"] += 1
+            self.simulation.log.append(f"lost: {name}")
+        self.model = Model()
+        self.made_by = {at: call for at, call in self.made_by.items() if at <= len(left)}
+        for entry in known[: len(left)]:
+            self.model.absorb(entry)
+        self.touched = {log.key for log in self.model.flows.values()}
+
+    # ---- what becomes durable ---------------------------------------------------------------------
+
+    def _on_commit(self, stage: str, writes: Sequence[FlowWrite]) -> None:
+        self._told(stage, writes)
+        if stage == "written":
+            if self._committing:
+                self.violations.append("two commits at the same time")
+            self._committing = True
+        if stage == ("synced" if self.durability == "full" else "written"):
+            self._pull(self.tick())
+        if stage == "visible":
+            self._committing = False
+
+    def _tapped_store(self) -> Any:
+        assert self.files is not None
+        store = self.files()
+        commit = store.commit
+
+        async def tapped(writes: Sequence[FlowWrite]) -> int:
+            self._commit_tick = self.tick()
+            if self._committing:
+                self.violations.append("two commits at the same time")
+            self._committing = True
+            try:
+                return await commit(writes)
+            finally:
+                self._committing = False
+                self._pull(self._commit_tick)
+
+        store.commit = tapped  # type: ignore[method-assign]
+        return store
+
+    def _pull(self, tick: int) -> None:
+        """Fold what is new on the disk into the model."""
+        rows = self._rows(len(self.model.entries))
+        for position, key, doc in rows:
+            entry = Entry(position, key, self._owner_of(key), msgspec.json.decode(doc), tick)
+            try:
+                self.model.absorb(entry)
+                judge.attribute(self, entry)
+            except Wrong as wrong:
+                self.violations.append(str(wrong))
+                raise
+            self.touched.add(key)
+        if rows:
+            self.order.commit(len(rows), tick)
+
+    def _rows(self, after: int) -> list[tuple[int, int, str]]:
+        if self.files is None:
+            events = self.disk.written.events
+            return [
+                (at, events[at].flow_key, events[at].doc)
+                for at in range(after + 1, len(events) + 1)
+            ]
+        found = self._read(
+            "SELECT position, flow_key, doc FROM events WHERE position > ? ORDER BY position", after
+        )
+        return [(position, key, doc) for position, key, doc in found]
+
+    def _owner_of(self, key: int) -> str:
+        if self.files is None:
+            return self.disk.written.flows[key].owner_key
+        [(owner,)] = self._read("SELECT owner_key FROM flows WHERE key = ?", key)
+        found: str = owner
+        return found
+
+    def _read(self, query: str, *given: Any) -> list[Any]:
+        assert self.files is not None
+        path = self.files.path
+        if not path.exists():
+            return []
+        if self._reader is None or self._reader[0] != path:
+            self._close_reader()
+            self._reader = (path, sqlite3.connect(path, isolation_level=None))
+        with closing(self._reader[1].execute(query, given)) as cursor:
+            return cursor.fetchall()
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader[1].close()
+            self._reader = None
+
+    # ---- calls ------------------------------------------------------------------------------------
+
+    def begin(self, asked: Spec, *, zombie: bool = False) -> asyncio.Task[None]:
+        """Start a call; it is resolved against what is known now."""
+        loop = self.simulation._loop
+        assert loop is not None
+        call = Call(len(self.calls), *judge.resolve(self, asked, len(self.calls)), invoked=0)
+        call.runtime = self.overtaken[-1] if zombie else self.runtime
+        call.overtaken = call.of_zombie = zombie
+        self.calls.append(call)
+        task = loop.create_task(self._make(call), name=call.token)
+        self.clients[task] = call
+        task.add_done_callback(lambda done: self.clients.pop(done, None))
+        return task
+
+    def call(self, *asked: Spec, patience: float = 8.0, zombie: bool = False) -> bool:
+        """Make calls at the same time and wait a while for their answers."""
+        tasks = [self.begin(one, zombie=zombie) for one in asked]
+
+        async def wait() -> None:
+            await asyncio.wait(tasks, timeout=patience)
+
+        return self.play(wait())
+
+    async def perform(self, asked: Spec) -> None:
+        """Make a call from inside the simulated process."""
+        await self.begin(asked)
+
+    async def _make(self, call: Call) -> None:
+        call.invoked = self.tick()
+        call.troubled = self._failing or bool(self.overtaken)
+        operation = OPERATIONS[call.op]
+        try:
+            if call.actor == ADMIN:
+                flows: Any = call.runtime.admin
+            else:
+                flows = call.runtime.tasks.flow.bind_session(session_key=call.actor)
+            call.result = await operation.run(self, call, flows)
+        except (FlowError, ValueError, TypeError) as error:
+            call.error = error
+        except Exception as error:
+            self.violations.append(f"{call.name} raised {error!r}")
+            raise
+        call.troubled |= self._failing or bool(self.overtaken)
+        if call.op == "cancel":
+            home = self.model.home
+            mine = [name for name in self.running if name in home]
+            call.code_left = [name for name in mine if home[name][1] == call.flow_id]
+        call.returned = self.tick()
+        self.answered.append(call)
+
+    def settle(self) -> None:
+        """Judge what has been answered so far."""
+        if self.files is not None:
+            self._pull(max(self._commit_tick, 1))
+        self._judge()
+
+    def _judge(self) -> None:
+        answered, self.answered = self.answered, []
+        for call in answered:
+            judge.judge(self, call)
+            self.seen[f"op {call.op}"] += 1
+            self.seen[f"verdict {call.verdict}"] += 1
+        if self.violations:
+            raise Wrong("\n".join(self.violations))
+
+    def flows_of(self, owner: str) -> list[FlowLog]:
+        """Flows that exist, newest first."""
+        return self.model.owned_by("" if owner == ADMIN else owner)
+
+    # ---- code that runs ---------------------------------------------------------------------------
+
+    def _registry(self) -> Registry:
+        registry = Registry()
+        registry.task(name="work")(self._work)
+        registry.task(
+            name="flaky", retry=Retry(max_attempts=3, initial=1.0, factor=3.0, jitter=0.5)
+        )(self._flaky)
+        registry.task(name="timed", timeout=2.0)(self._timed)
+        registry.task(name="fragile", on_restart="lost")(self._fragile)
+        for name, drive in (
+            ("plan", self._plan),
+            ("raise", self._raise),
+            ("give up", self._give_up),
+            ("patient", self._patient),
+            ("bare", self._bare_steps),
+        ):
+            registry.controller(name)(drive)
+        return registry
+
+    async def _work(self, context: TaskContext, given: Any) -> Any:
+        return await self._run_code(context, given)
+
+    async def _flaky(self, context: TaskContext, given: Any) -> Any:
+        return await self._run_code(context, given)
+
+    async def _timed(self, context: TaskContext, given: Any) -> Any:
+        return await self._run_code(context, given)
+
+    async def _fragile(self, context: TaskContext, given: Any) -> Any:
+        return await self._run_code(context, given)
+
+    async def bare(self, context: TaskContext, given: Any) -> Any:
+        """A function that no registry knows."""
+        return await self._run_code(context, given)
+
+    async def _run_code(self, context: TaskContext, given: Any) -> Any:
+        """Run a child as its input says, and see that it should run at all."""
+        process, task_id = self.process, context.task_id
+        self._check_start(process, context)
+        self.running[task_id] = context.attempt
+        try:
+            return await self._do(context, (given or {}).get("do", "succeed"))
+        finally:
+            if self.process == process:
+                self.running.pop(task_id, None)
+
+    def _check_start(self, process: int, context: TaskContext) -> None:
+        task_id, attempt = context.task_id, context.attempt
+        recorded = self.model.task(task_id)
+        if recorded is None or recorded.attempt < attempt:
+            self.violations.append(f"{task_id} runs as {attempt}, but the disk says {recorded}")
+        if task_id in self.running and not self.overtaken:
+            self.violations.append(f"{task_id} runs twice at the same time")
+        if (process, task_id, attempt) in self._begun:
+            self.violations.append(f"attempt {attempt} of {task_id} is run twice")
+        self._begun.add((process, task_id, attempt))
+        self.seen["code begun"] += 1
+
+    async def _do(self, context: TaskContext, what: str) -> Any:
+        self.seen[f"code {what}"] += 1
+        match what:
+            case "fail":
+                raise ValueError("as asked")
+            case "fail once" if context.attempt == 1:
+                raise ValueError("the first time")
+            case "nap":
+                await asyncio.sleep(1.5)
+            case "progress":
+                await context.progress(f"at {context.attempt}")
+                await context.heartbeat()
+            case "hang":
+                await self._hang(context.task_id)
+            case "swallow":
+                for _ in range(3):
+                    try:
+                        await self._hang(context.task_id)
+                    except asyncio.CancelledError:
+                        continue
+            case "stubborn":
+                self._stubborn.add(context.task_id)
+                with anyio.CancelScope(shield=True):
+                    await asyncio.sleep(3.0)
+            case "exit":
+                raise SystemExit(1)
+            case "odd":
+                return {"not": float("nan")}
+        return {"by": context.task_id, "attempt": context.attempt}
+
+    async def _hang(self, task_id: str) -> None:
+        if not self.gates_open:
+            await self.hanging.setdefault(task_id, asyncio.Event()).wait()
+
+    def release(self, number: int) -> None:
+        """Let one of the children that hang go on."""
+        waiting = sorted(self.hanging)
+        if waiting:
+            self.hanging.pop(waiting[number % len(waiting)]).set()
+
+    def open_gates(self) -> None:
+        """From here on nothing hangs."""
+        self.gates_open = True
+        for event in self.hanging.values():
+            event.set()
+        self.hanging.clear()
+
+    # ---- controllers ------------------------------------------------------------------------------
+
+    async def _plan(self, flow: FlowContext) -> None:
+        await flow.run("work", {"do": "nap"})
+        await flow.update(current_step="planned", state_json={"planned": True})
+        doing = ("succeed", "fail", "nap", "progress")
+        inputs = [{"do": what} for what in doing]
+        outcomes = await flow.map("work", inputs, name="many", limit=2, return_outcomes=True)
+        await flow.once("post", self._post)
+        await flow.finish(state_json={"outcomes": len(outcomes)})
+
+    async def _post(self) -> Any:
+        self.seen["once"] += 1
+        return "posted"
+
+    async def _raise(self, flow: FlowContext) -> None:
+        await flow.run("flaky", {"do": "fail once"})
+        raise RuntimeError("as planned")
+
+    async def _give_up(self, flow: FlowContext) -> None:
+        await flow.fail(blocked_summary="no way on")
+
+    async def _patient(self, flow: FlowContext) -> None:
+        await flow.run("work", {"do": "hang"}, name="long")
+
+    async def _bare_steps(self, flow: FlowContext) -> None:
+        await flow.run(self.bare, {"do": "nap"}, name="first")
+        await flow.run(self.bare, {"do": "succeed"}, name="second")
+
+    # ---- coming to rest ---------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        """Stop all faults, let everything come to rest, and see that it has."""
+        self.set_faults(CALM)
+        self.simulation.heal()
+        self.open_gates()
+        if self.is_up and self.overtaken:
+            self.kill()
+        if not self.is_up:
+            self.boot()
+        # What was stamped by a clock that ran ahead comes due when that clock is reached again.
+        self.simulation.clock.shift_ms = self._furthest_shift
+        assert self.advance(HEALED_SECONDS), "nobody dies in a calm world"

@@ -1,0 +1,492 @@
+"""The specification: what flows and children are, in plain Python, and what every call on them must do.
+
+Nothing here knows flowstead's rules. A flow's history is folded event by event, and each event must have been
+allowed where it stands; what a call must answer is said beside it, from the state of the flow it met.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+LIVE = frozenset({"queued", "running", "waiting", "blocked"})
+ACTIVE = frozenset({"queued", "running"})
+FINAL_TASKS = frozenset({"succeeded", "failed", "timed_out", "cancelled", "lost"})
+FLOW_ENDS = {
+    "flow.succeeded": "succeeded",
+    "flow.failed": "failed",
+    "flow.cancelled": "cancelled",
+}
+CONTROLLERS = ("plan", "raise", "give up", "patient", "bare")
+"""Those that the runtimes of a world have code for."""
+LAUNCHED = "task"
+"""The `runtime` of children that are launched; the worlds link theirs under other names."""
+STATE_BYTES = 400
+ACTIVE_CHILDREN = 6
+RUNNING_CHILDREN = 2
+MAILBOX = 6
+
+Answer = tuple[Any, ...]
+
+
+class Wrong(AssertionError):
+    """The runtime did what the specification forbids."""
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling, so that it can be compared and hashed."""
+    return json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """One child after one event."""
+
+    task_id: str
+    run_id: str | None
+    text: str
+    launched: bool
+    status: str
+    attempt: int = 0
+    progress: str | None = None
+    summary: str | None = None
+    failure: str | None = None
+    ended_at: int | None = None
+    released: bool = False
+
+    @property
+    def is_active(self) -> bool:
+        return self.ended_at is None
+
+    def view(self) -> Answer:
+        """What anybody who reads the child must see."""
+        return (
+            self.task_id, self.run_id, self.text, self.status, self.attempt, self.progress, self.summary,
+            self.failure, self.ended_at,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FlowState:
+    """One flow after one event."""
+
+    key: int
+    owner: str
+    flow_id: str
+    controller: str
+    goal: str
+    correlation: str | None
+    revision: int
+    status: str
+    step: str | None = None
+    state: str = "null"
+    wait: str = "null"
+    blocked_task: str | None = None
+    blocked_summary: str | None = None
+    intent: int | None = None
+    failure: str | None = None
+    ended_at: int | None = None
+    tasks: dict[str, TaskState] = field(default_factory=dict)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.ended_at is not None
+
+    @property
+    def active(self) -> list[TaskState]:
+        return [task for task in self.tasks.values() if task.is_active]
+
+    def run(self, run_id: str | None) -> TaskState | None:
+        """The child of that run id."""
+        if run_id is None:
+            return None
+        return next((task for task in self.tasks.values() if task.run_id == run_id), None)
+
+    def view(self) -> Answer:
+        """What anybody who reads the flow must see."""
+        return (*self.shape(), self.intent, self.ended_at)
+
+    def shape(self) -> Answer:
+        """The view without instants, which a specification cannot foretell."""
+        return (
+            self.flow_id, self.owner, self.controller, self.goal, self.correlation, self.revision,
+            self.status, self.step, self.state, self.wait, self.blocked_task, self.blocked_summary,
+            self.failure, self.intent is not None, self.has_ended,
+        )  # fmt: skip
+
+
+# ---- the history ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the store's history: an event, where it stands, and when it was written."""
+
+    position: int
+    key: int
+    owner: str
+    event: dict[str, Any]
+    tick: int
+    """The instant of its commit, by the world's count of instants."""
+
+    @property
+    def type(self) -> str:
+        found: str = self.event["type"]
+        return found
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        return self.event.get("changed") or {}
+
+    @property
+    def actor(self) -> str:
+        found: str = self.event["actor"]
+        return found
+
+    @property
+    def task_id(self) -> str | None:
+        return self.event.get("taskId")
+
+    def __str__(self) -> str:
+        about = f" {self.task_id}" if self.task_id else ""
+        return (
+            f"{self.position:4} {self.event['flowId']} seq {self.event['seq']} rev"
+            f" {self.event['revision']} {self.type}{about} by {self.actor} {self.changed}"
+        )
+
+
+class FlowLog:
+    """All states of one flow, one after each of its events."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+        self.states: list[FlowState | None] = [None]
+        self.positions: list[int] = [0]
+        """The position in the store from which on the state of the same index held."""
+
+    @property
+    def now(self) -> FlowState:
+        state = self.states[-1]
+        assert state is not None
+        return state
+
+    def at(self, position: int) -> FlowState | None:
+        """The flow as it was at a position of the store's history."""
+        for state, since in zip(reversed(self.states), reversed(self.positions), strict=True):
+            if since <= position:
+                return state
+        raise AssertionError("the first state holds from the beginning")
+
+
+class Model:
+    """Every flow there is, by the history alone."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.flows: dict[tuple[str, str], FlowLog] = {}
+        self.home: dict[str, tuple[str, str]] = {}
+        """The flow each child belongs to."""
+        self.kinds: Counter[str] = Counter()
+
+    def absorb(self, entry: Entry) -> None:
+        """Take over the next event, which must be one that may follow."""
+        expected = len(self.entries) + 1
+        if entry.position != expected:
+            raise Wrong(f"position {entry.position} comes where {expected} is due: {entry}")
+        named = (entry.owner, entry.event["flowId"])
+        if entry.type == "flow.created" and named in self.flows:
+            raise Wrong(f"created twice: {entry}")
+        log = self.flows.get(named)
+        if log is None:
+            log = self.flows[named] = FlowLog(entry.key)
+        if entry.event["seq"] != len(log.states):
+            raise Wrong(f"seq {len(log.states)} is due: {entry}")
+        log.states.append(follow(log.states[-1], entry))
+        log.positions.append(entry.position)
+        self.entries.append(entry)
+        self.kinds[entry.type] += 1
+        if entry.type == "task.created":
+            assert entry.task_id is not None
+            if entry.task_id in self.home:
+                raise Wrong(f"the id of a child is used twice: {entry}")
+            self.home[entry.task_id] = named
+
+    def owned_by(self, owner: str) -> list[FlowLog]:
+        """An owner's flows, newest first; everybody's for the empty string."""
+        found = [log for (whose, _), log in self.flows.items() if owner in ("", whose)]
+        return sorted(found, key=lambda log: -log.key)
+
+    def task(self, task_id: str) -> TaskState | None:
+        """A child as it is now."""
+        named = self.home.get(task_id)
+        return None if named is None else self.flows[named].now.tasks[task_id]
+
+
+def follow(before: FlowState | None, entry: Entry) -> FlowState:
+    """The flow after an event.
+
+    Raises:
+        Wrong: The event may not follow on this state.
+    """
+    kind, revision = entry.type, entry.event["revision"]
+    if kind == "flow.created":
+        return _created(entry)
+    if before is None:
+        raise Wrong(f"a flow begins with {entry}")
+    if kind.startswith("task."):
+        if revision != before.revision:
+            raise Wrong(f"a child moved the revision: {entry}")
+        return _with_task(before, entry)
+    if revision != before.revision + 1:
+        raise Wrong(f"revision {before.revision + 1} is due: {entry}")
+    if before.has_ended:
+        raise Wrong(f"the flow has ended: {entry}")
+    after = _patched(before, entry)
+    _check_flow_step(before, after, entry)
+    return after
+
+
+def _created(entry: Entry) -> FlowState:
+    told = entry.changed
+    if entry.event["revision"] != 0 or entry.event["seq"] != 1:
+        raise Wrong(f"a flow begins at revision 0 and seq 1: {entry}")
+    if told["ownerKey"] != entry.owner or told["status"] not in LIVE:
+        raise Wrong(f"no flow begins like that: {entry}")
+    return FlowState(
+        key=entry.key,
+        owner=entry.owner,
+        flow_id=entry.event["flowId"],
+        controller=told["controllerId"],
+        goal=told["goal"],
+        correlation=told.get("correlationId"),
+        revision=0,
+        status=told["status"],
+        step=told.get("currentStep"),
+        state=canonical(told.get("stateJson")),
+        wait=canonical(told.get("waitJson")),
+    )
+
+
+def _patched(before: FlowState, entry: Entry) -> FlowState:
+    told = entry.changed
+    fields: dict[str, Any] = {"revision": entry.event["revision"]}
+    for wire, name in (
+        ("status", "status"),
+        ("currentStep", "step"),
+        ("blockedTaskId", "blocked_task"),
+        ("blockedSummary", "blocked_summary"),
+        ("cancelRequestedAt", "intent"),
+        ("endedAt", "ended_at"),
+    ):
+        if wire in told:
+            fields[name] = told[wire]
+    for wire, name in (("stateJson", "state"), ("waitJson", "wait")):
+        if wire in told:
+            fields[name] = canonical(told[wire])
+    if "failure" in told:
+        fields["failure"] = None if told["failure"] is None else told["failure"]["kind"]
+    return replace(before, **fields)
+
+
+def _check_flow_step(before: FlowState, after: FlowState, entry: Entry) -> None:
+    kind, status = entry.type, (before.status, after.status)
+    allowed = {
+        "flow.started": status == ("queued", "running"),
+        "flow.waiting": after.status == "waiting",
+        "flow.blocked": after.status == "blocked",
+        "flow.resumed": after.status in ("queued", "running"),
+        "flow.updated": before.status == after.status,
+        "flow.cancel_requested": before.status == after.status and before.intent is None,
+        "flow.succeeded": after.status == "succeeded",
+        "flow.failed": after.status == "failed",
+        "flow.cancelled": after.status == "cancelled"
+        and before.intent is not None
+        and not before.active,
+    }[kind]
+    if before.intent is not None and kind in ("flow.waiting", "flow.blocked", "flow.resumed"):
+        raise Wrong(f"a cancel was requested before: {entry}")
+    if kind != "flow.cancel_requested" and before.intent != after.intent:
+        raise Wrong(f"the intent changed: {entry}")
+    if (kind in FLOW_ENDS) != after.has_ended or (after.status in LIVE) == after.has_ended:
+        raise Wrong(f"ended and not ended: {entry}")
+    if kind == "flow.started" and (
+        entry.actor != "runtime" or before.controller not in CONTROLLERS
+    ):
+        raise Wrong(f"only the runtime enters a registered controller: {entry}")
+    if not allowed:
+        raise Wrong(f"this may not follow on {before.status}: {entry}")
+
+
+def _with_task(flow: FlowState, entry: Entry) -> FlowState:
+    task_id, told = entry.task_id, entry.changed
+    assert task_id is not None
+    if entry.type == "task.created":
+        if flow.has_ended or flow.intent is not None:
+            raise Wrong(f"a child of a flow that takes none: {entry}")
+        if told.get("runId") is not None and flow.run(told["runId"]):
+            raise Wrong(f"two children of one run id: {entry}")
+        if len(flow.active) >= ACTIVE_CHILDREN:
+            raise Wrong(f"more active children than allowed: {entry}")
+        task = TaskState(
+            task_id, told.get("runId"), told["task"], told["runtime"] == LAUNCHED, told["status"]
+        )
+    else:
+        before = flow.tasks.get(task_id)
+        if before is None or not before.is_active:
+            raise Wrong(f"the child has ended, or never was: {entry}")
+        task = _task_after(before, told)
+        _check_task_step(flow, before, task, entry)
+    return replace(flow, tasks={**flow.tasks, task_id: task})
+
+
+def _task_after(before: TaskState, told: dict[str, Any]) -> TaskState:
+    fields: dict[str, Any] = {}
+    for wire, name in (
+        ("status", "status"),
+        ("attempt", "attempt"),
+        ("progressSummary", "progress"),
+        ("terminalSummary", "summary"),
+        ("endedAt", "ended_at"),
+    ):
+        if wire in told:
+            fields[name] = told[wire]
+    if "failure" in told:
+        fields["failure"] = None if told["failure"] is None else told["failure"]["kind"]
+    return replace(before, released=False, **fields)
+
+
+def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry: Entry) -> None:
+    kind, status = entry.type, (before.status, after.status)
+    halted = flow.has_ended or flow.intent is not None
+    gained = after.attempt - before.attempt
+    if kind == "task.started":
+        if before.launched:
+            allowed = after.status == "running" and gained == 1 and not halted
+            allowed = allowed and entry.actor != "linked"
+        else:
+            allowed = status == ("queued", "running") and gained == 0 and flow.intent is None
+    elif kind == "task.progressed":
+        allowed = before.status == after.status and gained == 0
+    elif kind == "task.retry_scheduled":
+        allowed = before.launched and status == ("running", "queued") and gained == 0
+        allowed = allowed and not halted
+    elif kind == "task.released":
+        allowed = before.launched and status == ("running", "queued") and gained == -1
+    else:
+        allowed = kind == "task.ended" and after.status in FINAL_TASKS and not after.is_active
+    if not allowed:
+        raise Wrong(f"this may not follow on {before.status} of attempt {before.attempt}: {entry}")
+    if (kind == "task.ended") != (not after.is_active):
+        raise Wrong(f"ended and not ended: {entry}")
+
+
+# ---- what a call must answer ----------------------------------------------------------------------
+
+REFUSED, APPLIED = "refused", "applied"
+_PARKING = frozenset({"set_waiting", "resume", "request_cancel"})
+
+
+def expect_mutation(state: FlowState | None, op: str, args: dict[str, Any]) -> Answer:
+    """What a mutation must answer that meets the flow in this state: the code, or the flow's shape after it."""
+    if state is None:
+        return (REFUSED, "not_found", None)
+    revision = args.get("expected_revision")
+    if revision is not None and revision != state.revision:
+        return (REFUSED, "revision_conflict", state.view())
+    if state.has_ended:
+        return (REFUSED, "terminal", state.view())
+    if state.intent is not None and op in _PARKING:
+        return (REFUSED, "cancel_requested", state.view())
+    if "defect" in args:
+        return (REFUSED, args["defect"], state.view())
+    return (APPLIED, _mutated(state, op, args).shape())
+
+
+def _mutated(state: FlowState, op: str, args: dict[str, Any]) -> FlowState:
+    after = replace(state, revision=state.revision + 1)
+    if "current_step" in args:
+        after = replace(after, step=args["current_step"])
+    if "state_json" in args:
+        after = replace(after, state=canonical(args["state_json"]))
+    task, summary = args.get("blocked_task_id"), args.get("blocked_summary")
+    match op:
+        case "set_waiting":
+            status = "blocked" if task or summary else "waiting"
+            wait = canonical(args.get("wait_json"))
+            return replace(
+                after, status=status, wait=wait, blocked_task=task, blocked_summary=summary
+            )
+        case "resume":
+            return _unparked(after, args.get("status", "queued"))
+        case "finish":
+            return _unparked(replace(after, ended_at=0), "succeeded")
+        case "fail":
+            after = replace(after, status="failed", wait="null", failure="failed", ended_at=0)
+            return replace(
+                after,
+                blocked_task=task or after.blocked_task,
+                blocked_summary=summary or after.blocked_summary,
+            )
+        case "request_cancel" | "cancel":
+            return replace(after, intent=0)
+        case _:
+            return after
+
+
+def _unparked(state: FlowState, status: str) -> FlowState:
+    return replace(state, status=status, wait="null", blocked_task=None, blocked_summary=None)
+
+
+def expect_run_task(state: FlowState | None, args: dict[str, Any]) -> Answer:
+    """What `run_task` must answer: a new child, the one of that run id, or why there is none."""
+    if state is None:
+        return (REFUSED, "not_found", None)
+    if known := state.run(args.get("run_id")):
+        return ("duplicate", known.task_id, state.view())
+    if state.has_ended:
+        return (REFUSED, "terminal", state.view())
+    if state.intent is not None:
+        return (REFUSED, "cancel_requested", state.view())
+    if "defect" in args:
+        return (REFUSED, args["defect"], state.view())
+    if len(state.active) >= ACTIVE_CHILDREN:
+        return (REFUSED, "overloaded", state.view())
+    return ("created", state.view())
+
+
+def expect_report(state: FlowState | None, op: str, task_id: str, args: dict[str, Any]) -> Answer:
+    """What a report on a child must answer: the child as it is or becomes, or a refusal."""
+    task = None if state is None else state.tasks.get(task_id)
+    if state is None or task is None:
+        return ("nothing",)
+    if not task.is_active:
+        return ("seen", task.view())
+    if op == "progress_task":
+        return ("changed", replace(task, progress=args.get("summary") or task.progress).view())
+    if task.launched:
+        return (REFUSED, "not_linked")
+    if op == "start_task":
+        if task.status == "running":
+            return ("seen", task.view())
+        if state.intent is not None:
+            return (REFUSED, "cancel_requested")
+        return ("changed", replace(task, status="running").view())
+    if "defect" in args:
+        return (REFUSED, args["defect"])
+    if op == "complete_task":
+        after = replace(task, status="succeeded", summary=args.get("terminal_summary"))
+        return ("ended", after.view()[:-1])
+    status = args.get("status", "failed")
+    after = replace(task, status=status, summary=None, failure=status)
+    return ("ended", after.view()[:-1])
+
+
+def summary_of(state: FlowState) -> Answer:
+    """The counts of a flow's children."""
+    statuses = Counter(task.status for task in state.tasks.values())
+    active = sum(statuses[one] for one in ACTIVE)
+    failures = statuses["failed"] + statuses["timed_out"] + statuses["lost"]
+    shown = tuple(sorted((name, count) for name, count in statuses.items() if count))
+    return (statuses.total(), active, failures, shown)

@@ -1,0 +1,277 @@
+"""Every public operation as data: the choices its arguments have, and how it is called.
+
+Whoever drives a world draws a `Spec`, an operation with one choice for each argument, from a seed or from
+hypothesis; what the choices mean (the newest flow, the right revision) is settled when the call is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+if TYPE_CHECKING:
+    from tests.simulation.machine import World
+
+OWNERS = ("agent:a", "agent:b")
+ADMIN = "admin"
+
+Choices = dict[str, tuple[Any, ...]]
+Spec = tuple[str, dict[str, Any]]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call as it was made, and what came of it. Instants are ticks of the world."""
+
+    number: int
+    op: str
+    actor: str
+    flow_id: str | None
+    task_id: str | None
+    args: dict[str, Any]
+    invoked: int
+    runtime: Any = None
+    returned: int | None = None
+    died: int | None = None
+    result: Any = None
+    error: Exception | None = None
+    verdict: str = "open"
+    """open, then applied, refused, read, failed (nothing changed, and no reason but the world), or unknown."""
+    troubled: bool = False
+    """Whether the disk or the runtime was failing or closing while it waited."""
+    overtaken: bool = False
+    of_zombie: bool = False
+    """Whether it was made to a runtime that had been overtaken already."""
+    code_left: list[str] = field(default_factory=list)
+
+    @property
+    def token(self) -> str:
+        return f"t{self.number}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.token} {self.op}({self.actor}, {self.flow_id}, {self.task_id}, {self.args})"
+
+    def was_open_at(self, tick: int) -> bool:
+        """Whether the call was under way at an instant."""
+        ends = [end for end in (self.returned, self.died) if end is not None]
+        return self.invoked < tick and (not ends or tick <= min(ends))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How to draw it, and how to call it."""
+
+    choices: Choices
+    run: Callable[[World, Call, Any], Awaitable[Any]]
+    mutates: bool = False
+
+
+_FLOW: Choices = {"flow": (0, 0, 0, 1, 1, 2, 3), "whose": ("own",) * 9 + ("foreign", "unknown")}
+_READ: Choices = {**_FLOW, "whose": (*("own",) * 7, "foreign", "unknown", "admin", "admin")}
+_TASK: Choices = {"task": (0, 0, 0, 1, 1, 2, 3, 4), "whose": ("own",) * 8 + ("foreign", "unknown")}
+_READ_TASK: Choices = {**_TASK, "whose": (*("own",) * 6, "foreign", "unknown", "admin")}
+_PATCH: Choices = {
+    "revision": ("right",) * 9 + ("stale", "future", "negative"),
+    "step": ("token",) * 4 + ("none", "unset"),
+    "state": ("unset", "unset", "small", "none", "nan", "large"),
+}
+_GRACE: Choices = {"grace": (0.01, 0.01, 1.0, 5.0, 40.0)}
+_DOING = (
+    "succeed", "succeed", "nap", "nap", "fail", "hang", "hang", "swallow", "stubborn", "progress",
+    "exit", "odd",
+)  # fmt: skip
+
+
+def _mutation(op: str) -> Callable[[World, Call, Any], Awaitable[Any]]:
+    async def run(world: World, call: Call, flows: Any) -> Any:
+        args = {name: value for name, value in call.args.items() if name not in ("defect", "bad")}
+        if "defect" in call.args:
+            args["state_json"] = call.args["bad"]
+        return await getattr(flows, op)(flow_id=call.flow_id, **args)
+
+    return run
+
+
+def _of_flow(op: str, *names: str) -> Callable[[World, Call, Any], Awaitable[Any]]:
+    async def run(world: World, call: Call, flows: Any) -> Any:
+        args = {name: call.args[name] for name in names if name in call.args}
+        return await getattr(flows, op)(call.flow_id, **args)
+
+    return run
+
+
+def _of_task(op: str) -> Callable[[World, Call, Any], Awaitable[Any]]:
+    async def run(world: World, call: Call, flows: Any) -> Any:
+        args = {name: value for name, value in call.args.items() if name not in ("defect", "bad")}
+        if "defect" in call.args:
+            args["result_json"] = call.args["bad"]
+        return await getattr(flows, op)(call.task_id, **args)
+
+    return run
+
+
+async def _create(world: World, call: Call, flows: Any) -> Any:
+    return await flows.create_managed(**call.args)
+
+
+async def _run_task(world: World, call: Call, flows: Any) -> Any:
+    args = {name: value for name, value in call.args.items() if name not in ("defect", "bad")}
+    if "defect" in call.args:
+        args["input_json"] = call.args["bad"]
+    if args.get("run") == "bare":
+        args["run"] = world.bare
+    return await flows.run_task(flow_id=call.flow_id, **args)
+
+
+async def _find_latest(world: World, call: Call, flows: Any) -> Any:
+    return await flows.find_latest()
+
+
+async def _list(world: World, call: Call, flows: Any) -> Any:
+    return await flows.list(**call.args)
+
+
+async def _resolve(world: World, call: Call, flows: Any) -> Any:
+    return await flows.resolve(call.args["token"])
+
+
+async def _watch(world: World, call: Call, flows: Any) -> Any:
+    """Watch for a second, and answer what was seen."""
+    found: list[Any] = []
+    one = call.args["one"]
+    after = {"after_seq": 0} if one else {"after_position": 0}
+    async with flows.watch(call.flow_id if one else None, **after) as events:
+        with anyio.move_on_after(1.0):
+            async for event in events:
+                found.append(event)
+    return found
+
+
+async def _unreadable(world: World, call: Call, flows: Any) -> Any:
+    return await world.runtime.admin.list_unreadable()
+
+
+async def _unregistered(world: World, call: Call, flows: Any) -> Any:
+    return world.runtime.admin.unregistered_controllers()
+
+
+OPERATIONS: dict[str, Operation] = {
+    "create_managed": Operation(
+        {
+            "owner": (OWNERS[0], OWNERS[0], OWNERS[1]),
+            "controller": (
+                "shop/triage", "shop/triage", "plan", "plan", "raise", "give up", "patient", "bare",
+            ),
+            "given": (None, None, None, "mine-1", "mine-2"),
+            "key": (None, None, None, "K1", "K2"),
+            "variant": ("x", "x", "x", "y"),
+            "correlation": (None, "order-1", "order-2"),
+            "status": ("queued", "queued", "running", "waiting", "blocked"),
+        },
+        _create,
+        mutates=True,
+    ),
+    "get": Operation(_READ, _of_flow("get")),
+    "find_latest": Operation({"whose": ("own", "own", "admin"), "flow": (0, 1)}, _find_latest),
+    "list": Operation(
+        {
+            "whose": ("own", "own", "foreign", "admin"),
+            "flow": (0, 1),
+            "status": (None, None, "queued", ("running", "waiting"), ("succeeded", "cancelled"), ()),
+            "controller": (None, None, None, "plan", "shop/triage"),
+            "correlation": (None, None, None, "order-1"),
+            "limit": (100, 100, 1, 2),
+            "after": (None, None, None, 0, 1, 2, "unknown"),
+        },
+        _list,
+    ),
+    "resolve": Operation(
+        {"whose": ("own", "own", "foreign", "admin"), "flow": (0, 1, 2),
+         "by": ("id", "owner", "order-1", "prefix", "long prefix", "nonsense")},
+        _resolve,
+    ),
+    "get_task_summary": Operation(_READ, _of_flow("get_task_summary")),
+    "list_tasks": Operation(
+        {**_READ, "status": (None, None, "running", ("queued", "cancelled"))},
+        _of_flow("list_tasks", "status"),
+    ),
+    "history": Operation(
+        {**_READ, "after_seq": (0, 0, 1, 3, 50), "limit": (1000, 1000, 1, 3)},
+        _of_flow("history", "after_seq", "limit"),
+    ),
+    "watch": Operation({**_READ, "one": (True, True, False)}, _watch),
+    "result": Operation(_READ, _of_flow("result")),
+    "get_task": Operation(_READ_TASK, _of_task("get_task")),
+    "wait_task": Operation(_READ_TASK, _of_task("wait_task")),
+    "list_unreadable": Operation({"whose": ("admin",), "flow": (0,)}, _unreadable),
+    "unregistered_controllers": Operation({"whose": ("admin",), "flow": (0,)}, _unregistered),
+    "run_task": Operation(
+        {
+            **_FLOW,
+            "kind": ("linked", "linked", "work", "work", "work", "flaky", "timed", "fragile", "bare"),
+            "run_id": (None, None, None, "r1", "r2"),
+            "doing": _DOING,
+            "begun": ("queued", "running"),
+            "input": ("good",) * 6 + ("nan",),
+            "retry": (False, False, True),
+        },
+        _run_task,
+        mutates=True,
+    ),
+    "start_task": Operation(_TASK, _of_task("start_task"), mutates=True),
+    "progress_task": Operation(
+        {**_TASK, "summary": (True, True, False)}, _of_task("progress_task"), mutates=True
+    ),
+    "complete_task": Operation(
+        {**_TASK, "result": ("good", "good", "good", "good", "nan", "large")},
+        _of_task("complete_task"),
+        mutates=True,
+    ),
+    "fail_task": Operation(
+        {**_TASK, "status": ("failed", "timed_out", "cancelled")},
+        _of_task("fail_task"),
+        mutates=True,
+    ),
+    "cancel_task": Operation(
+        {**_READ_TASK, **_GRACE}, _of_task("cancel_task"), mutates=True
+    ),
+    "set_waiting": Operation(
+        {**_FLOW, **_PATCH, "blocked": ("no", "no", "task", "summary")},
+        _mutation("set_waiting"),
+        mutates=True,
+    ),
+    "resume": Operation(
+        {**_FLOW, **_PATCH, "status": ("queued", "running")}, _mutation("resume"), mutates=True
+    ),
+    "update": Operation({**_FLOW, **_PATCH}, _mutation("update"), mutates=True),
+    "finish": Operation({**_FLOW, **_PATCH}, _mutation("finish"), mutates=True),
+    "fail": Operation(
+        {**_FLOW, **_PATCH, "blocked": ("no", "task", "summary")}, _mutation("fail"), mutates=True
+    ),
+    "request_cancel": Operation(
+        {**_FLOW, "revision": _PATCH["revision"]}, _mutation("request_cancel"), mutates=True
+    ),
+    "cancel": Operation(
+        {**_READ, **_GRACE, "revision": ("none", "none", "none", "right", "stale", "future")},
+        _of_flow("cancel", "expected_revision", "grace"),
+        mutates=True,
+    ),
+}  # fmt: skip
+
+WEIGHTS = {
+    "create_managed": 6, "run_task": 9, "set_waiting": 3, "resume": 3, "update": 5, "cancel": 4,
+    "start_task": 2, "complete_task": 3, "progress_task": 2, "get": 3, "list": 2,
+}  # fmt: skip
+WEIGHTED = tuple(name for name in OPERATIONS for _ in range(WEIGHTS.get(name, 1)))
+
+
+def draw(random: Random, op: str | None = None) -> Spec:
+    """One operation with one choice for each of its arguments."""
+    name = op or random.choice(WEIGHTED)
+    choices = OPERATIONS[name].choices
+    return name, {argument: random.choice(given) for argument, given in choices.items()}

@@ -1,0 +1,223 @@
+"""Random programs for a world: several callers at once, crashes, power cuts and faults, all from one seed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from random import Random
+from typing import Final
+
+from flowstead.testing import CALM, Faults
+from tests.simulation import checks
+from tests.simulation.machine import World
+from tests.simulation.model import Wrong
+from tests.simulation.operations import Spec, draw
+
+FAULTS: Final = {
+    "delay": Faults(delay=0.05),
+    "slow": Faults(delay=0.01, slow=0.3),
+    "busy": Faults(busy=0.6),
+    "fail_before": Faults(delay=0.01, fail_before=0.7),
+    "fail_after": Faults(delay=0.01, fail_after=0.5),
+    "fail_unknown": Faults(delay=0.01, fail_unknown=0.4),
+    "fail_read": Faults(delay=0.01, fail_read=0.3),
+    "fail_open": Faults(fail_open=0.5),
+    "all": Faults(
+        delay=0.02, slow=0.05, busy=0.02, fail_before=0.1, fail_after=0.1, fail_unknown=0.1,
+        fail_read=0.05, fail_open=0.2,
+    ),
+}  # fmt: skip
+OPERATIONS: Final = 60
+
+
+class Failed(AssertionError):
+    """A seed found something; the message says how to play it again."""
+
+
+def world_of(seed: int, directory: Path | None = None) -> World:
+    """The world a seed plays in: shuffled or not, on a disk that keeps what it wrote or may lose the newest."""
+    random = Random(seed)
+    shuffle, normal = random.random() < 0.5, random.random() < 0.4
+    durability = "normal" if normal and directory is None else "full"
+    return World(seed, shuffle=shuffle, durability=durability, directory=directory)
+
+
+def play(seed: int, directory: Path | None = None) -> World:
+    """Play a seed's program to its end and check everything; the world comes back closed.
+
+    Raises:
+        Failed: Something was wrong; the message has the seed and the end of the world's log.
+    """
+    with world_of(seed, directory) as world:
+        try:
+            _play(world, Random(seed * 7919 + 1), directory)
+        except Exception as error:
+            told = "\n".join(world.simulation.log[-12:])
+            again = f"FLOWSTEAD_SEED={seed} pytest tests/simulation/test_seeds.py"
+            raise Failed(
+                f"{type(error).__name__}: {error}\n\n{told}\n\nplay it again: {again}"
+            ) from error
+    return world
+
+
+def _play(world: World, random: Random, directory: Path | None) -> None:
+    world.disk.faults = Faults(delay=random.choice((0.0, 0.0, 0.002, 0.02)))
+    world.boot()
+    left = OPERATIONS
+    while left > 0:
+        if not world.is_up:
+            world.boot()
+        left -= _step(world, random)
+        checks.check_standing_still(world)
+        if not world.is_up and directory is not None:
+            checks.check_file(world, directory)
+    finish(world)
+
+
+def finish(world: World) -> None:
+    """Heal the world, and ask everything that only a world at rest can answer."""
+    world.heal()
+    checks.check_at_rest(world)
+    checks.check_i12_strangers_see_nothing(world)
+    checks.check_i11_an_idle_restart_changes_nothing(world)
+    checks.check_i10_closing_leaves_nobody_waiting(world)
+    if world.violations:
+        raise Wrong("\n".join(world.violations))
+
+
+def _step(world: World, random: Random) -> int:
+    """One thing that happens; answers how many operations it took."""
+    if world.is_up and world.overtaken and random.random() < 0.4:
+        world.seen["zombie asked"] += 1
+        world.call(draw(random), draw(random), zombie=True)
+        return 2
+    chance = random.random()
+    if chance < 0.50:
+        return _clients(world, random)
+    if chance < 0.64:
+        world.call(draw(random))
+        return 1
+    if chance < 0.66:
+        return _rush(world, random)
+    if chance < 0.68:
+        return _cancel_at_work(world, random)
+    if chance < 0.71:
+        return _look_closely(world, random)
+    if chance < 0.79:
+        world.advance(random.choice((0.1, 1.0, 3.0, 7.0, 25.0)))
+        return 0
+    if chance < 0.82:
+        world.release(random.randrange(8))
+        return 0
+    if chance < 0.86:
+        world.set_faults(random.choice((CALM, *FAULTS.values())))
+        return _clients(world, random)
+    if chance < 0.89:
+        world.jump_clock(random.choice((-3600, -5, 0, 30, 3600)))
+        return 0
+    return _fate(world, random)
+
+
+def _fate(world: World, random: Random) -> int:
+    """The process, or the machine, ends in one way or another."""
+    is_simulated = world.files is None
+    power = is_simulated and random.random() < (0.7 if world.durability == "normal" else 0.3)
+    ways = (
+        "kill", "crash", "crash", "crash closing", "crash later", "crash opening", "close", "takeover",
+    )  # fmt: skip
+    match random.choice(ways):
+        case "kill":
+            world.kill(power=power)
+        case "crash":
+            world.crash_after(random.randrange(1, 120), power=power)
+            return _clients(world, random)
+        case "crash closing":
+            world.crash_after(random.randrange(1, 60), power=power)
+            world.close()
+        case "crash opening":
+            world.kill(power=power)
+            world.crash_after(random.randrange(1, 30), power=power)
+            world.boot()
+        case "crash later":
+            world.crash_after(random.randrange(1, 60), power=power)
+            world.advance(30.0)
+        case "close":
+            world.close()
+            checks.check_i10_closing_leaves_nobody_waiting(world)
+        case _ if is_simulated and not world.overtaken:
+            world.take_over()
+    return 0
+
+
+def _rush(world: World, random: Random) -> int:
+    """More calls of one flow at the same moment than its mailbox holds."""
+    op = random.choice(("run_task", "update", "set_waiting"))
+    asked = [draw(random, op) for _ in range(12)]
+    for _, given in asked:
+        given.update(flow=0, whose="own", input="good", run_id=None)
+    world.call(*asked)
+    return 3
+
+
+def _cancel_at_work(world: World, random: Random) -> int:
+    """A cancel that does not wait for a child which takes its time to stop."""
+    create, run, cancel = (draw(random, op) for op in ("create_managed", "run_task", "cancel"))
+    create[1].update(given=None, key=None, controller="shop/triage")
+    run[1].update(flow=0, whose="own", kind="work", doing="stubborn", run_id=None, input="good")
+    cancel[1].update(flow=0, whose="own", grace=0.01, revision="none")
+    for asked in (create, run, cancel):
+        if world.is_up:
+            world.call(asked)
+    return 3
+
+
+def _look_closely(world: World, random: Random) -> int:
+    """Readers that never pause beside somebody who writes, on a disk that takes its time."""
+    if world.disk.faults == CALM:
+        world.disk.faults = Faults(delay=0.02)
+    writes = [draw(random, "update") for _ in range(3)]
+    reads = [[draw(random, op) for op in ("get", "list", "history") * 2] for _ in range(2)]
+    for _, given in (*writes, *reads[0], *reads[1]):
+        given.update(flow=0, whose="own")
+
+    async def client(program: list[Spec]) -> None:
+        for asked in program:
+            await asyncio.wait({world.begin(asked)}, timeout=4.0)
+
+    async def together() -> None:
+        await asyncio.gather(*(client(program) for program in (writes, *reads)))
+
+    world.play(together())
+    return 6
+
+
+def _clients(world: World, random: Random) -> int:
+    """Several callers, each with a few calls one after another, all at the same time."""
+    programs = [
+        [
+            (random.choice((0.0, 0.0, 0.0, 0.3, 1.0)), draw(random))
+            for _ in range(random.randint(1, 4))
+        ]
+        for _ in range(random.randint(1, 4))
+    ]
+
+    async def client(program: list[tuple[float, Spec]]) -> None:
+        for pause, asked in program:
+            if pause:
+                await asyncio.sleep(pause)
+            task = world.begin(asked)
+            # Some calls wait for an end; their caller goes on with the rest.
+            await asyncio.wait({task}, timeout=4.0)
+
+    async def together() -> None:
+        await asyncio.gather(*(client(program) for program in programs))
+
+    world.play(together())
+    return sum(len(program) for program in programs)
+
+
+def rush(world: World, *, seed: int) -> None:
+    """A few callers with a program of their own, whatever the world's seed."""
+    if not world.is_up:
+        world.boot()
+    _clients(world, Random(seed))
