@@ -4,7 +4,7 @@ PY   ?= python3
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test test-fast check fmt bench crash soak mutants constraints clean
+.PHONY: help demo dev test test-fast check fmt bench coverage crash soak mutants constraints clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,16 @@ soak: $(VENV)/.ready  ## everything that can be run for longer, run for long; an
 
 mutants: $(VENV)/.ready  ## plant deliberate bugs, one at a time, and see each of them caught
 	$(BIN)/python -m tests.mutants.run
+
+coverage: $(VENV)/.ready  ## branch coverage of the floors behind the door; below 95 % of any one it fails
+	@rm -rf .coverage
+	for part in unit concurrency store runtime simulation; do \
+	  $(BIN)/python -m coverage run --branch --parallel-mode \
+	    -m pytest -q -p no:xdist -o timeout=600 -m "not crash" tests/$$part || exit 1; done
+	@$(BIN)/python -m coverage combine -q
+	@low=0; for floor in model rules store engine; do echo; echo "$$floor"; \
+	  $(BIN)/python -m coverage report --fail-under=95 --include="src/flowstead/$$floor/*" || low=1; \
+	done; exit $$low
 
 check: $(VENV)/.ready  ## format, lint, strict types
 	$(BIN)/ruff format --check .

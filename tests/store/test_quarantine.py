@@ -197,3 +197,36 @@ async def test_a_database_put_back_meanwhile_is_not_mixed_with_what_was_set_asid
 
     assert found(first) == left
     assert found(second) == {"flows.db": restored}
+
+
+async def test_a_log_left_behind_joins_no_directory_it_was_not_taken_from(
+    db: Path, left: dict[str, bytes]
+) -> None:
+    # Another database was set aside whole; of a third attempt nothing is known but its directory.
+    whole = set_aside(db)
+    nameless = db.with_name("flows.db.set-aside-00000000T000000Z")
+    nameless.mkdir()
+    db.with_name("flows.db-wal").write_bytes(b"the log of something else")
+
+    directory = set_aside(db)
+
+    assert directory not in (whole, nameless)
+    assert found(directory) == {"flows.db-wal": b"the log of something else"}
+    assert found(whole) == left
+    assert list(nameless.iterdir()) == []
+
+
+async def test_a_call_cut_off_after_the_database_was_moved_is_ended_in_the_same_directory(
+    db: Path, left: dict[str, bytes]
+) -> None:
+    first = set_aside(db, "the first time")
+    manifest = (first / "manifest.json").read_bytes()
+    for name in ("flows.db-wal", "flows.db-shm"):
+        (first / name).rename(db.with_name(name))
+
+    second = set_aside(db, "the second time")
+
+    assert second == first
+    assert found(first) == left
+    assert (first / "manifest.json").read_bytes() == manifest
+    assert beside(db) == ["flows.db.lock"]

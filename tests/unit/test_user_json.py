@@ -216,9 +216,10 @@ class Posing:
 class Nameless(type):
     """A class that will not say what it is called."""
 
-    @property
-    def __qualname__(cls) -> str:  # type: ignore[override]
-        raise RuntimeError("no name")
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__qualname__":
+            raise RuntimeError("no name")
+        return super().__getattribute__(name)
 
 
 @pytest.mark.parametrize(
