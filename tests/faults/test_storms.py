@@ -324,7 +324,7 @@ async def test_ten_thousand_waiting_flows_hold_no_task_and_no_timer_and_a_restar
         await make_flows(flows, count - 1, status="waiting", wait_json={"kind": "reply"})
         await settle()
 
-        assert len(asyncio.all_tasks()) == tasks
+        assert len(asyncio.all_tasks()) <= tasks
         assert timers() <= handles + 1
         assert holds_nothing(runtime)
     before = dump(db)
