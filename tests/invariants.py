@@ -44,6 +44,7 @@ TOLD_OF_TASKS = (
     "status",
     "attempt",
     "nextAttemptAt",
+    "cancelRequestedAt",
     "progressSummary",
     "terminalSummary",
     "terminalOutcome",

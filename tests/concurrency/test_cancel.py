@@ -9,16 +9,18 @@ import anyio
 import pytest
 
 from flowstead import (
+    Cancelled,
     FlowContext,
     Limits,
     Registry,
     Retry,
+    Runtime,
     SessionFlows,
     Succeeded,
     TaskContext,
 )
 from flowstead.store.memory import MemoryStore
-from flowstead.testing import ManualClock
+from flowstead.testing import ManualClock, Simulation
 from tests.faulty_store import (
     NOT_WRITTEN,
     UNKNOWN,
@@ -837,3 +839,34 @@ async def test_a_strangers_child_cannot_be_cancelled_or_seen():
 
         assert (report.found, report.cancelled, report.task) == (False, False, None)
         assert stage.stopped == []
+
+
+def test_a_child_that_was_asked_to_stop_is_not_started_again_after_a_crash():
+    registry, attempts = Registry(), []
+
+    @registry.task(retry=Retry(max_attempts=9))
+    async def stays(ctx: TaskContext, given: object) -> None:
+        attempts.append(ctx.attempt)
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(3600)
+
+    async def ask(runtime: Runtime) -> str:
+        flows = flows_of(runtime)
+        task_id = await launch(flows, await new_flow(flows), stays)
+        report = await flows.cancel_task(task_id, grace=1)
+        assert report.found
+        assert not report.cancelled
+        return task_id
+
+    async def look(runtime: Runtime, task_id: str) -> object:
+        return await flows_of(runtime).wait_task(task_id)
+
+    with Simulation() as sim:
+        task_id = sim.play(ask(sim.boot(registry=registry)))
+
+        sim.kill()
+        end = sim.play(look(sim.boot(registry=registry), task_id))
+
+        assert isinstance(end, Cancelled)
+        assert attempts == [1]
+        sim.shut()

@@ -325,6 +325,9 @@ class World:
             assert is_active(before), "a child that has ended has changed"
             assert after.attempt >= before.attempt - 1
             assert after.interruptions >= before.interruptions
+            if before.cancel_requested_at is not None:
+                assert after.attempt == before.attempt, "started again although asked to stop"
+                assert after.status is not TaskStatus.QUEUED
         assert (after.ended_at is None) == (after.status in {TaskStatus.QUEUED, TaskStatus.RUNNING})
         self.every[task_id] = after
 
@@ -472,6 +475,9 @@ class FlowMachine(RuleBasedStateMachine):
         world.turn([c.ReleaseTasks(task_ids=tuple(world.code))])
         for task_id in world.code:
             released = world.every[task_id]
+            if released.cancel_requested_at is not None:
+                assert released.status is TaskStatus.CANCELLED
+                continue
             assert released.status is TaskStatus.QUEUED
             assert released.attempt == running[task_id].attempt - 1
         world.reload()

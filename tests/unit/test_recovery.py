@@ -17,7 +17,18 @@ from flowstead.model.task import Launch, OnRestart, StoredTask, TaskStatus
 from flowstead.rules.decide import decide
 from flowstead.rules.recovery import Fate, fate_of
 from flowstead.rules.view import Decision, View
-from tests.unit.given import ENDED, LIVE, NOW, a_flow, a_launched, a_linked, a_turn, a_view, book
+from tests.unit.given import (
+    ENDED,
+    LIVE,
+    NOW,
+    a_flow,
+    a_launched,
+    a_linked,
+    a_turn,
+    a_view,
+    book,
+    with_fields,
+)
 
 LIMITS = Limits(interruptions=3)
 
@@ -135,6 +146,16 @@ def test_each_row_of_the_table_speaks_of_some_child_and_the_rows_do_not_overlap(
         assert sum(fits(row, facts) for row, _ in ROWS) == 1, facts
     for row, _ in ROWS:
         assert any(fits(row, facts) for facts in EVERY), row
+
+
+@pytest.mark.parametrize("facts", EVERY, ids=named)
+def test_a_child_that_was_asked_to_stop_is_never_started_again(facts: Facts) -> None:
+    view, task, _ = ground(facts)
+    asked = with_fields(task, cancel_requested_at=NOW)
+
+    fate, _ = fate_of(asked, view)
+
+    assert fate is (Fate.KEEP if facts.here and facts.status == "running" else Fate.CANCEL)
 
 
 @pytest.mark.parametrize("facts", EVERY, ids=named)

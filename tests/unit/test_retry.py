@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from flowstead.model import command as c
 from flowstead.model.event import EventType
@@ -283,3 +284,37 @@ def test_an_attempt_keeps_the_first_start_and_forgets_the_instant_it_was_due() -
     assert running.attempt == 2
     assert running.started_at == NOW - 5_000
     assert running.next_attempt_at is None
+
+
+def test_a_child_that_was_asked_to_stop_is_not_tried_again_whatever_it_fails_by() -> None:
+    task = a_launched("a", launch=retrying(5))
+    view = a_view(a_flow(), task, running={"a"})
+    turn = a_turn(view)
+
+    turn.take(c.CancelTask(task_id="a"), "someone")
+    turn.take(c.EndReport(task_id="a", attempt=1, outcome=Failed(WHY), result=UNSET), "runtime")
+
+    assert turn.tasks["a"].status is TaskStatus.FAILED
+    assert turn.tasks["a"].cancel_requested_at == NOW
+    told = [event.type for event in turn.events]
+    assert told == ["task.cancel_requested", "task.ended"]
+
+
+def test_asking_twice_to_stop_a_child_changes_it_once() -> None:
+    view = a_view(a_flow(), a_launched("a"), running={"a"})
+    turn = a_turn(view)
+
+    turn.take(c.CancelTask(task_id="a"), "someone")
+    turn.take(c.CancelTask(task_id="a"), "someone else")
+
+    assert [event.type for event in turn.events] == ["task.cancel_requested"]
+    assert len(turn.effects()) >= 1
+
+
+def test_a_child_asked_to_stop_and_then_stopped_by_a_closing_is_cancelled_not_released() -> None:
+    view = a_view(a_flow(), a_launched("a", cancel_requested_at=NOW), running={"a"})
+    turn = a_turn(view)
+
+    turn.take(c.ReleaseTasks(task_ids=("a",)), "runtime")
+
+    assert turn.tasks["a"].status is TaskStatus.CANCELLED

@@ -25,6 +25,7 @@ class EventType(StrEnum):
     TASK_CREATED = "task.created"
     TASK_STARTED = "task.started"
     TASK_PROGRESSED = "task.progressed"
+    TASK_CANCEL_REQUESTED = "task.cancel_requested"
     TASK_RETRY_SCHEDULED = "task.retry_scheduled"
     TASK_RELEASED = "task.released"
     TASK_ENDED = "task.ended"

@@ -60,6 +60,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     """A child task as its flow's owner sees it: a snapshot that shares nothing.
 
     `attempt` counts starts, from 1; it is 0 while the child has never been started by this runtime.
+    `cancel_requested_at` is set once it has been asked to stop while it ran: it is not tried again.
     """
 
     task_id: str
@@ -85,6 +86,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     created_at: Whole
     started_at: Whole | None = None
     last_event_at: Whole | None = None
+    cancel_requested_at: Whole | None = None
     ended_at: Whole | None = None
     cleanup_after: Whole | None = None
 

@@ -187,25 +187,29 @@ def report_end(view: View, command: c.EndReport) -> Answer:
 
 
 def cancel_task(view: View, command: c.CancelTask) -> Answer:
-    """Stop one child."""
+    """Stop one child. One whose code runs is marked first, so that no failure or crash brings it back."""
     task = view.children.active.get(command.task_id)
     if task is None:
         return TASK_NOT_FOUND
-    ended, stopped = stop_children(view, [task], "task cancelled")
+    changes, stopped = stop_children(view, [task], "task cancelled")
+    if stopped and task.cancel_requested_at is None:
+        changes = [endings.request_cancel(task, view.now)]
     return Decision(
-        tasks=tuple(task for task, _ in ended),
-        facts=tuple(fact for _, fact in ended),
+        tasks=tuple(task for task, _ in changes),
+        facts=tuple(fact for _, fact in changes),
         effects=stopped,
     )
 
 
 def release_tasks(view: View, command: c.ReleaseTasks) -> Answer:
-    """running → queued, for children stopped by shutdown."""
+    """running → queued, for children stopped by shutdown; cancelled, if they had been asked to stop anyway."""
     active = view.children.active
     # One that was stopped and started again while closing is named twice.
     running = [active[i] for i in dict.fromkeys(command.task_ids) if i in active]
     released = [
         endings.release(t, view.now)
+        if t.cancel_requested_at is None
+        else end_cancelled(t, view.now, "task cancelled")
         for t in running
         if t.launch is not None and t.status is TaskStatus.RUNNING
     ]

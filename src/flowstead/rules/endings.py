@@ -78,9 +78,14 @@ def progress(task: StoredTask, now: int, summary: str | UnsetType | None) -> Cha
     return change_task(task, now, EventType.TASK_PROGRESSED, progress_summary=summary)
 
 
+def request_cancel(task: StoredTask, now: int) -> Change:
+    """The child is asked to stop: whatever becomes of this attempt, there will be no other."""
+    return change_task(task, now, EventType.TASK_CANCEL_REQUESTED, cancel_requested_at=now)
+
+
 def may_retry(task: StoredTask, outcome: Outcome) -> bool:
-    """Whether a failed or timed-out attempt is followed by another one."""
-    if task.launch is None or task.launch.retry is None:
+    """Whether a failed or timed-out attempt is followed by another one. Not once it was asked to stop."""
+    if task.launch is None or task.launch.retry is None or task.cancel_requested_at is not None:
         return False
     if outcome_status(outcome) not in {TaskStatus.FAILED, TaskStatus.TIMED_OUT}:
         return False

@@ -67,6 +67,8 @@ def fate_of(task: StoredTask, view: View) -> tuple[Fate, str]:
         return Fate.KEEP, "its code is running here"
     if has_ended(flow) or flow.cancel_requested_at is not None:
         return Fate.CANCEL, "interrupted by a restart after the flow ended or was asked to cancel"
+    if task.cancel_requested_at is not None:
+        return Fate.CANCEL, "interrupted by a restart after it was asked to stop"
     if view.closing:
         return Fate.KEEP, "the runtime is closing; the next one decides"
     if launch.function is None and _is_worn(task, view):
