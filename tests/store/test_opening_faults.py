@@ -17,7 +17,8 @@ import pytest
 
 from flowstead.errors import CommitFailed, StoreInUse, StoreUnusable
 from flowstead.store.port import EVERYONE, FlowQuery
-from flowstead.store.sqlite import SqliteStore, WorkerConnection
+from flowstead.store.sqlite import SqliteStore
+from flowstead.store.worker import WorkerConnection
 from tests.store.disk import Disk, NotedConnection, TendedStore, disk_error
 from tests.store.rows import put
 

@@ -20,7 +20,8 @@ from flowstead.errors import SnapshotUnreadable, StoreInUse, StoreUnusable
 from flowstead.model.flow import FlowKey, FlowStatus
 from flowstead.store import schema, sqlite
 from flowstead.store.port import EVERYONE, FlowQuery, Snapshot
-from flowstead.store.sqlite import SqliteStore, WorkerConnection
+from flowstead.store.sqlite import SqliteStore
+from flowstead.store.worker import WorkerConnection
 from tests.store.disk import Disk, TendedStore, disk_error
 from tests.store.rows import ALICE, changes, creates, event_of, flow_of, put, put_task, tells
 
