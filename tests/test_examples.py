@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+PATTERNS = sorted((EXAMPLES / "patterns").glob("*.py"))
 INBOX = EXAMPLES / "inbox.mbox"
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
@@ -89,6 +90,89 @@ def test_the_flow_test_without_its_key_fails_as_the_readme_shows(
     told = without_numbers(told)
     for line in shown.splitlines():
         assert line == "  ..." or without_numbers(line) in told
+
+
+@pytest.mark.parametrize("path", PATTERNS, ids=lambda path: path.stem)
+def test_a_pattern_fits_on_a_page(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_every_pattern_is_run_here() -> None:
+    assert {path.stem for path in PATTERNS} == {
+        "content_pipeline",
+        "orchestrator",
+        "research_fan_out",
+        "support_router",
+    }
+
+
+def test_the_content_pipeline_publishes_what_the_spare_editor_made_of_it_once(
+    program: Program, tmp_path: Path
+) -> None:
+    first = program(EXAMPLES / "patterns" / "content_pipeline.py")
+
+    assert first.startswith("queued -> succeeded: textwrap.md\n")
+    assert re.search(r"edit +failed +house_editor, attempt 2\n", first)
+    assert re.search(r"edit/fallback-1 +succeeded +spare_editor, attempt 1\n", first)
+    article = tmp_path / "textwrap.md"
+    assert "Text wrapping and filling." in article.read_text(encoding="utf-8")
+
+    article.unlink()
+    second = program(EXAMPLES / "patterns" / "content_pipeline.py")
+
+    assert second == first.replace("queued", "succeeded", 1)
+    assert not article.exists()
+
+
+def test_the_research_merges_every_package_into_one_report(
+    program: Program, tmp_path: Path
+) -> None:
+    names = "sorted({p.metadata['Name'] for p in metadata.distributions() if p.metadata['Name']})"
+    packages = program("-c", f"from importlib import metadata\nprint(*{names}, sep='\\n')").split()
+
+    first = program(EXAMPLES / "patterns" / "research_fan_out.py")
+
+    assert first.startswith(f"queued -> {len(packages)} packages, 0 gaps, in report.txt\n")
+    report = tmp_path / "report.txt"
+    rows = report.read_text(encoding="utf-8").splitlines()
+    assert sorted(row.partition(":")[0] for row in rows) == packages
+
+    report.unlink()
+    second = program(EXAMPLES / "patterns" / "research_fan_out.py")
+
+    assert second == first.replace("queued", "succeeded", 1)
+    assert not report.exists()
+
+
+def test_the_router_shows_a_specialist_its_slice_of_the_ticket_only(program: Program) -> None:
+    first = program(EXAMPLES / "patterns" / "support_router.py")
+
+    assert first.splitlines() == [
+        "T-1 queued -> billing ['id', 'invoices']",
+        "    refund one of [42, 42]",
+        "T-2 queued -> technical ['id', 'log']",
+        "    found in the log: no space left",
+    ]
+
+    second = program(EXAMPLES / "patterns" / "support_router.py")
+
+    assert second == first.replace("queued", "succeeded")
+
+
+def test_the_orchestrator_accounts_for_every_item_once_with_eight_at_work(
+    program: Program,
+) -> None:
+    first = program(EXAMPLES / "patterns" / "orchestrator.py")
+
+    assert first == (
+        "queued -> 1000 items, 1000 merged\n"
+        "  0 twice, 0 failed, 50 tried again\n"
+        "  at most 8 at once in this process\n"
+    )
+
+    second = program(EXAMPLES / "patterns" / "orchestrator.py")
+
+    assert second == first.replace("queued", "succeeded").replace("most 8", "most 0")
 
 
 def test_short_examples_stay_short() -> None:

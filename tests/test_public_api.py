@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import flowstead
-from flowstead import FlowContext, Registry, Runtime, SessionFlows, TaskContext
+from flowstead import FlowContext, Registry, Runtime, SessionFlows, Step, TaskContext
 
 PROMISED = {
     "open_runtime",
@@ -20,6 +20,7 @@ PROMISED = {
     "SessionFlows",
     "FlowContext",
     "TaskContext",
+    "Step",
     "Flow",
     "Task",
     "Event",
@@ -183,7 +184,10 @@ LEDGER: dict[str, tuple[list[str], dict[str, Any]]] = {
 """Each method: its leading positional parameters, and its keyword-only ones with their defaults."""
 
 STEPS = {
-    "run": {"name": None, "timeout": None, "retry": None},
+    "run": {"name": None, "timeout": None, "retry": None, "fallback": ()},
+    "start": {"name": None, "timeout": None, "retry": None},
+    "gather": {"return_outcomes": False},
+    "first": {},
     "map": {"name": None, "limit": None, "return_outcomes": False},
     "once": {},
     "update": {"current_step": UNSET, "state_json": UNSET},
@@ -315,6 +319,17 @@ def test_a_controller_has_the_promised_steps(name: str) -> None:
         assert found[parameter] is default or found[parameter] == default
 
 
+def test_steps_are_taken_as_they_end_with_async_for_and_raced_by_count() -> None:
+    assert not inspect.iscoroutinefunction(FlowContext.as_completed)
+    assert inspect.signature(FlowContext.first).parameters["count"].default == 1
+    assert list(inspect.signature(FlowContext.as_completed).parameters) == ["self", "steps"]
+
+
+def test_a_step_can_be_waited_for_and_cancelled() -> None:
+    for name in ("outcome", "result", "cancel"):
+        assert inspect.iscoroutinefunction(getattr(Step, name))
+
+
 def test_the_contexts_have_the_promised_attributes() -> None:
     assert {"flow_id", "flow", "revision", "state_json", "current_step"} <= set(dir(FlowContext))
     assert {"progress", "heartbeat"} <= set(dir(TaskContext))
@@ -356,7 +371,7 @@ def test_every_public_thing_says_what_it_is(name: str) -> None:
             assert (plain.__doc__ or "").strip(), f"{name}.{attribute}"
 
 
-@pytest.mark.parametrize("face", [SessionFlows, Runtime, FlowContext, TaskContext, Registry])
+@pytest.mark.parametrize("face", [SessionFlows, Runtime, FlowContext, TaskContext, Registry, Step])
 def test_every_method_of_a_face_says_what_it_does(face: type[Any]) -> None:
     for name, method in inspect.getmembers(face, inspect.isfunction):
         if not name.startswith("_"):

@@ -54,6 +54,7 @@ from flowstead.results import (
 )
 from flowstead.runtime import Runtime, open_runtime
 from flowstead.session import SessionFlows
+from flowstead.step import Step
 from flowstead.task_context import TaskContext
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "SessionFlows",
     "SnapshotUnreadable",
     "StateTooLarge",
+    "Step",
     "StoreError",
     "StoreInUse",
     "StoreUnusable",

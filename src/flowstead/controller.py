@@ -10,54 +10,39 @@ controller has to keep is that the same step has the same name when it is run ag
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from flowstead import arguments, errors
+from flowstead import arguments
 from flowstead.engine.engine import Engine
 from flowstead.engine.mailbox import Reply
 from flowstead.functions import Functions
 from flowstead.model.code import Code
 from flowstead.model.command import (
-    AddTasks,
     Command,
-    Defect,
-    Encoded,
     Fail,
     Finish,
     Patch,
-    TaskDraft,
     Update,
 )
 from flowstead.model.flow import Failure, Flow, FlowKey, Json
 from flowstead.model.retry import Retry
 from flowstead.model.task import (
-    LAUNCHED_RUNTIME,
     Cancelled,
-    Failed,
-    Lost,
     Succeeded,
-    Task,
-    TimedOut,
-    is_active,
     outcome_of,
 )
 from flowstead.registry import TaskDefinition
-from flowstead.results import error_for, raise_refusal
-from flowstead.rules.user_json import encode_json
+from flowstead.results import raise_refusal
+from flowstead.step import Completed, Step, first, result_of
+from flowstead.steps import CONTROLLER, Steps
 from flowstead.store import codec
-from flowstead.store.port import Scope
 
 if TYPE_CHECKING:
     from flowstead.task_context import TaskContext
-
-_CONTROLLER: Final = "controller"
-_MAP_CHUNK: Final = 256
 
 
 class FlowContext:
@@ -70,10 +55,9 @@ class FlowContext:
 
     def __init__(self, engine: Engine, functions: Functions, key: FlowKey, doc: bytes) -> None:
         self._engine = engine
-        self._functions = functions
         self._key = key
         self._know(doc)
-        self._named: Counter[str] = Counter()
+        self._steps = Steps(engine, functions, key)
         self._asked: asyncio.Future[Reply] | None = None
 
     def _know(self, doc: bytes) -> None:
@@ -112,6 +96,7 @@ class FlowContext:
         name: str | None = None,
         timeout: float | None = None,
         retry: Retry | None = None,
+        fallback: Sequence[str | Callable[..., Awaitable[Json]]] = (),
     ) -> Json:
         """Run one child and return its result; answer from the record if it has run before.
 
@@ -122,18 +107,98 @@ class FlowContext:
                 later calls; give one where the order of calls may differ from run to run.
             timeout: Seconds an attempt may take, instead of the task's own.
             retry: How failures are tried again, instead of the task's own.
+            fallback: What to run with the same input instead, one after another, once the one before has failed,
+                timed out or got lost for good; each under its own policy, as the step `name/fallback-1` and so
+                on. A child that somebody cancelled is not replaced.
 
         Raises:
-            ChildError: The child ended without a result.
+            ChildError: The child, and every fallback, ended without a result; this is the last of them.
             CancelPending: A cancel is requested, and the step has not begun.
 
         Cancelling the wait leaves the child running; it ends with the flow at the latest.
         """
-        definition = self._define(function, timeout=timeout, retry=retry)
-        step = self._name(name, definition.name)
-        drafts = [self._draft(definition, step, input)]
-        [task] = await self._ended(drafts, definition)
-        return _result(task)
+        if isinstance(fallback, str):
+            raise TypeError("fallback must be a sequence of functions or names, not one string.")
+        definitions = [self._steps.define(function, timeout=timeout, retry=retry)]
+        definitions += [self._steps.define(other) for other in fallback]
+        step = self._steps.name(name, definitions[0].name)
+        for place, definition in enumerate(definitions):
+            named = f"{step}/fallback-{place}" if place else step
+            drafts = [self._steps.draft(definition, named, input)]
+            [task] = await self._steps.ended(drafts, definition)
+            if isinstance(outcome_of(task), Succeeded | Cancelled):
+                break
+        return result_of(task)
+
+    async def start(
+        self,
+        function: str | Callable[..., Awaitable[Json]],
+        input: Json = None,
+        *,
+        name: str | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+    ) -> Step:
+        """Begin one child and go on beside it; the same step again is the same child.
+
+        The child is on record when this returns. Arguments as for `run`.
+
+        Raises:
+            CancelPending: A cancel is requested, and the step has not begun.
+
+        Cancelling the caller after acceptance leaves the child running; it ends with the flow at the latest.
+        """
+        definition = self._steps.define(function, timeout=timeout, retry=retry)
+        named = self._steps.name(name, definition.name)
+        drafts = [self._steps.draft(definition, named, input)]
+        [begun] = await self._steps.begin(drafts, definition)
+        return Step(self._steps, named, begun)
+
+    async def gather(self, *steps: Step, return_outcomes: bool = False) -> list[Any]:
+        """The results of steps begun by `start`, in the order given.
+
+        All of them are seen to their end, whatever becomes of the others.
+
+        Args:
+            steps: The steps.
+            return_outcomes: Answer `Succeeded | Failed | TimedOut | Cancelled | Lost` for each instead of
+                raising, so that partial results can be had.
+
+        Raises:
+            ChildError: The first child, in the order given, that ended without a result.
+
+        Cancelling only stops the waiting.
+        """
+        tasks = [await step.ended() for step in steps]
+        return [outcome_of(task) if return_outcomes else result_of(task) for task in tasks]
+
+    def as_completed(self, steps: Iterable[Step]) -> AsyncIterator[Step]:
+        """The steps in the order in which their children end: `async for step in flow.as_completed(steps)`.
+
+        A controller that is run again is given them in the same order. Cancelling only stops the waiting; whoever
+        goes on with the same iterator is given the next.
+        """
+        return Completed(steps)
+
+    async def first(self, steps: Iterable[Step], count: int = 1) -> list[Step]:
+        """The first `count` steps to succeed, in the order in which they did; the others are stopped.
+
+        `[winner] = await flow.first(steps)` is a race. A controller that is run again is given the same winners.
+
+        Raises:
+            ChildError: So many ended without a result that fewer than `count` can succeed: the last of them.
+                The others are stopped.
+            ValueError: `count` is less than 1, or more than there are steps.
+
+        Cancelling only stops the waiting; as long as it waits, nothing is stopped.
+        """
+        among = list(dict.fromkeys(steps))
+        wanted = arguments.count(count, "count")
+        if not 1 <= wanted <= len(among):
+            raise ValueError(
+                f"count must be from 1 to {len(among)}, the number of steps, not {wanted}."
+            )
+        return await first(among, wanted)
 
     async def map(
         self,
@@ -162,15 +227,15 @@ class FlowContext:
 
         Cancelling the wait leaves the children running; they end with the flow at the latest.
         """
-        definition = self._define(function)
-        step = self._name(name, definition.name)
+        definition = self._steps.define(function)
+        step = self._steps.name(name, definition.name)
         most = None if limit is None else arguments.count(limit, "limit")
         drafts = [
-            self._draft(definition, f"{step}[{index}]", value, group=step, limit=most)
+            self._steps.draft(definition, f"{step}[{index}]", value, group=step, limit=most)
             for index, value in enumerate(inputs)
         ]
-        tasks = await self._ended(drafts, definition)
-        return [outcome_of(task) if return_outcomes else _result(task) for task in tasks]
+        tasks = await self._steps.ended(drafts, definition)
+        return [outcome_of(task) if return_outcomes else result_of(task) for task in tasks]
 
     async def once(self, name: str, function: Callable[[], Awaitable[Json]]) -> Json:
         """Run `function()` as a step and return its result; answer from the record if it has run before.
@@ -190,9 +255,9 @@ class FlowContext:
 
         step = arguments.text(name, "name")
         definition = TaskDefinition(name=step, function=call)
-        drafts = [self._draft(definition, step, UNSET)]
-        [task] = await self._ended(drafts, definition)
-        return _result(task)
+        drafts = [self._steps.draft(definition, step, UNSET)]
+        [task] = await self._steps.ended(drafts, definition)
+        return result_of(task)
 
     # ---- the flow itself --------------------------------------------------------------------------
 
@@ -251,7 +316,7 @@ class FlowContext:
         while True:
             await self._hear()
             reply = await self._engine.ask_patiently(
-                self._key, command(self._flow.revision), _CONTROLLER, posted=self._note
+                self._key, command(self._flow.revision), CONTROLLER, posted=self._note
             )
             self._asked = None
             if reply.refusal is None:
@@ -281,171 +346,13 @@ class FlowContext:
                 if reply is not None and reply.refusal is None and reply.doc is not None:
                     self._know(reply.doc)
 
-    # ---- making steps -----------------------------------------------------------------------------
-
-    def _define(
-        self,
-        function: str | Callable[..., Awaitable[Json]],
-        *,
-        timeout: float | None = None,
-        retry: Retry | None = None,
-    ) -> TaskDefinition:
-        definition = self._functions.define(function)
-        if timeout is not None:
-            given = arguments.seconds(timeout, "timeout")
-            definition = msgspec.structs.replace(definition, timeout=given)
-        if retry is not None:
-            definition = msgspec.structs.replace(definition, retry=arguments.retry(retry))
-        return definition
-
-    def _name(self, name: str | None, usual: str) -> str:
-        if name is not None:
-            return arguments.text(name, "name")
-        self._named[usual] += 1
-        turn = self._named[usual]
-        return usual if turn == 1 else f"{usual}#{turn}"
-
-    def _draft(
-        self,
-        definition: TaskDefinition,
-        step: str,
-        input: Json,
-        *,
-        group: str | None = None,
-        limit: int | None = None,
-    ) -> TaskDraft:
-        encoded = self._encode(input, "input")
-        if isinstance(encoded, Defect):
-            raise error_for(Code(encoded.code), encoded.reason)
-        launch = self._functions.launch(
-            definition, group=None if limit is None else group, limit=limit
-        )
-        return TaskDraft(
-            key=self._engine.store.next_key(),
-            task_id=self._engine.ids.task_id(),
-            runtime=LAUNCHED_RUNTIME,
-            task=definition.name,
-            run_id=step,
-            input_json=encoded,
-            timeout=definition.timeout,
-            launch=launch,
-        )
-
-    async def _ended(self, drafts: Sequence[TaskDraft], definition: TaskDefinition) -> list[Task]:
-        """The ended child of each draft's step, in order, however it comes to have ended."""
-        ends: list[asyncio.Future[bytes] | str] = []
-        for start in range(0, len(drafts), _MAP_CHUNK):
-            ends.extend(await self._begin(drafts[start : start + _MAP_CHUNK], definition))
-        recorded = await self._recorded([end for end in ends if isinstance(end, str)])
-        return [
-            recorded[end] if isinstance(end, str) else codec.read_task(await end) for end in ends
-        ]
-
-    async def _begin(
-        self, drafts: Sequence[TaskDraft], definition: TaskDefinition
-    ) -> list[asyncio.Future[bytes] | str]:
-        """Add the children; answer for each the future of its end, or its id if it ended long ago."""
-        engine = self._engine
-        waiting = {draft.task_id: engine.task_ends.register(draft.task_id) for draft in drafts}
-        bound = [draft for draft in drafts if self._functions.bind(self._key, draft, definition)]
-        asked: list[asyncio.Future[Reply]] = []
-        try:
-            reply = await engine.ask_patiently(
-                self._key, AddTasks(drafts=tuple(drafts)), _CONTROLLER, posted=asked.append
-            )
-        except BaseException:
-            self._forget(waiting, ())
-            if asked:
-                # Accepted, or not: whoever comes to know says whether the functions are needed.
-                asked[-1].add_done_callback(partial(self._abandon, drafts, bound))
-            else:
-                self._forget({}, bound)
-            raise
-        if reply.refusal is not None:
-            self._forget(waiting, bound)
-            raise_refusal(reply.refusal, None if reply.doc is None else codec.read_flow(reply.doc))
-        ends: list[asyncio.Future[bytes] | str] = []
-        for draft, child in zip(drafts, reply.children, strict=True):
-            if isinstance(child, str):
-                ends.append(child)
-                self._forget({draft.task_id: waiting[draft.task_id]}, [draft])
-            elif child.task_id in waiting:
-                ends.append(waiting[child.task_id])
-            else:
-                waiting[draft.task_id].cancel()
-                ends.append(await self._join(child.task_id))
-        return ends
-
-    def _abandon(
-        self,
-        drafts: Sequence[TaskDraft],
-        bound: Sequence[TaskDraft],
-        asked: asyncio.Future[Reply],
-    ) -> None:
-        """The answer to steps nobody waits for any more: keep the functions only of those that run."""
-        if asked.exception() is not None or asked.result().refusal is not None:
-            self._forget({}, bound)
-            return
-        for draft, child in zip(drafts, asked.result().children, strict=True):
-            if isinstance(child, str):
-                self._forget({}, [draft])
-
-    async def _join(self, task_id: str) -> asyncio.Future[bytes] | str:
-        """The end of a step that is under way already, begun by an earlier run of this controller."""
-        end = self._engine.task_ends.register(task_id)
-        try:
-            task = (await self._recorded([task_id]))[task_id]
-        except BaseException:
-            end.cancel()
-            raise
-        if is_active(task):
-            return end
-        end.cancel()
-        return task_id
-
-    def _forget(
-        self, waiting: dict[str, asyncio.Future[bytes]], bound: Sequence[TaskDraft]
-    ) -> None:
-        for future in waiting.values():
-            future.cancel()
-        for draft in bound:
-            self._functions.forget(self._key, draft)
-
-    async def _recorded(self, task_ids: list[str]) -> dict[str, Task]:
-        if not task_ids:
-            return {}
-        scope = Scope(self._key.owner_key)
-        tasks = await self._engine.store.list_tasks(scope, self.flow_id, task_ids=task_ids)
-        return {task.task_id: task for task in tasks}
-
     def _patch(self, current_step: str | UnsetType | None, state_json: Json | UnsetType) -> Patch:
         return Patch(
             current_step=arguments.patched_text(current_step, "current_step"),
-            state_json=UNSET if state_json is UNSET else self._encode(state_json, "state_json"),
+            state_json=UNSET
+            if state_json is UNSET
+            else self._steps.encode(state_json, "state_json"),
         )
-
-    def _encode(self, value: Json | UnsetType, name: str) -> Encoded | UnsetType:
-        if value is UNSET:
-            return UNSET
-        limits = self._engine.limits
-        encoded: Encoded = encode_json(
-            value, name=name, max_bytes=limits.state_bytes, max_depth=limits.json_depth
-        )
-        return encoded
-
-
-def _result(task: Task) -> Json:
-    match outcome_of(task):
-        case Succeeded(result):
-            return result
-        case Failed(failure):
-            raise errors.ChildFailed(task.task_id, task.run_id, failure)
-        case TimedOut(failure):
-            raise errors.ChildTimedOut(task.task_id, task.run_id, failure)
-        case Cancelled(failure):
-            raise errors.ChildCancelled(task.task_id, task.run_id, failure)
-        case Lost(failure):
-            raise errors.ChildLost(task.task_id, task.run_id, failure)
 
 
 def _differ_by_intent_only(mine: bytes, current: bytes) -> bool:

@@ -38,6 +38,7 @@ from flowstead import (
 from flowstead.admin import Admin
 from flowstead.engine.feed import Watcher
 from flowstead.model.flow import FlowKey
+from flowstead.step import Completed
 from flowstead.store.memory import MemoryStore
 from flowstead.store.port import EVERYONE
 from flowstead.store.sqlite import SqliteStore
@@ -545,8 +546,10 @@ class Work:
         assert context.run_id not in self._running, "run twice at the same time"
         self._running.add(context.run_id)
         self.begun[context.run_id] += 1
-        await asyncio.sleep(0.01)
-        self._running.discard(context.run_id)
+        try:
+            await asyncio.sleep(0.01)
+        finally:
+            self._running.discard(context.run_id)
         return value
 
     async def bare(self, context: TaskContext, value: Any) -> Any:
@@ -586,10 +589,81 @@ def _steps(work: Work) -> dict[str, Step]:
         "update, then finish": Step(lambda flow: flow.update(state_json="first"), finish),
         "finish": Step(finish, nothing),
         "fail": Step(lambda flow: flow.fail(), nothing, ends=("failed", "succeeded")),
+    } | _fan_outs(work)
+
+
+def _fan_outs(work: Work) -> dict[str, Step]:
+    async def two(flow: FlowContext) -> list[flowstead.Step]:
+        return [
+            await flow.start(work.bare, 1, name="a"),
+            await flow.start("work", 2, name="b"),
+        ]
+
+    async def run(flow: FlowContext) -> None:
+        assert await flow.run(work.bare, 1, name="s") == 1
+
+    async def gather(flow: FlowContext) -> None:
+        assert await flow.gather(*await two(flow)) == [1, 2]
+
+    async def race(flow: FlowContext) -> None:
+        loser = await flow.start(forever, name="loser")
+        winner = await flow.start("work", 1, name="winner")
+        assert await flow.first([loser, winner]) == [winner]
+        assert isinstance(await loser.outcome(), flowstead.Cancelled)
+
+    async def fall_back(flow: FlowContext) -> None:
+        assert await flow.run(fails, 1, name="s", fallback=["work"]) == 1
+
+    async def fails(_context: TaskContext, _value: Any) -> None:
+        raise ValueError
+
+    return {
+        "start": Step(lambda flow: flow.start("work", 1, name="s"), run),
+        "start, not registered": Step(lambda flow: flow.start(work.bare, 1, name="s"), run),
+        "start, not again": Step(lambda flow: flow.start(work.bare, 1, name="s"), nothing),
+        "start, in a crowd": Step(lambda flow: flow.start(work.bare, name="s"), nothing, crowd=3),
+        "gather": Step(gather, works=2),
+        "gather, not again": Step(gather, nothing),
+        "first": Step(race, works=1),
+        "first, not again": Step(race, nothing),
+        "run, with a fallback": Step(fall_back, works=1),
+    }
+
+
+def _waits(work: Work) -> dict[str, Step]:
+    """Calls of what `start` and `as_completed` answer with."""
+
+    async def begun(flow: FlowContext) -> flowstead.Step:
+        return await flow.start(work.bare, 1, name="s")
+
+    async def result(flow: FlowContext) -> None:
+        assert await (await begun(flow)).result() == 1
+
+    async def outcome(flow: FlowContext) -> None:
+        assert await (await begun(flow)).outcome() == flowstead.Succeeded(1)
+
+    async def ended(flow: FlowContext) -> None:
+        assert (await (await begun(flow)).ended()).status == "succeeded"
+
+    async def cancel(flow: FlowContext) -> None:
+        step = await flow.start(forever, name="s")
+        await step.cancel()
+
+    async def completed(flow: FlowContext) -> None:
+        steps = [await begun(flow), await flow.start("work", 2, name="t")]
+        assert len([step async for step in flow.as_completed(steps)]) == 2
+
+    return {
+        "result": Step(result, works=1),
+        "outcome": Step(outcome, works=1),
+        "ended": Step(ended, works=1),
+        "cancel": Step(cancel),
+        "__anext__": Step(completed, works=2),
     }
 
 
 CONTROLLED = _steps(Work())
+STEPPED = _waits(Work())
 
 
 class Drives:
@@ -597,7 +671,7 @@ class Drives:
 
     def __init__(self, schedule: Schedule, name: str) -> None:
         self.work = Work()
-        self.step = _steps(self.work)[name]
+        self.step = (_steps(self.work) | _waits(self.work))[name]
         self.schedule = schedule
         self.probe: Probe | None = None
         self._cancel: tuple[int, bool] | None = None
@@ -651,7 +725,7 @@ class Drives:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("name", CONTROLLED)
+@pytest.mark.parametrize("name", [*CONTROLLED, *STEPPED])
 def test_a_controller_that_cancels_its_own_call_anywhere_goes_on_and_its_flow_ends(
     name: str, schedule: Schedule
 ) -> None:
@@ -927,6 +1001,8 @@ TABLES: dict[type[Any], Iterable[str]] = {
     SessionFlows: OWNED,
     Admin: OPERATED,
     FlowContext: CONTROLLED,
+    flowstead.Step: [name for name in STEPPED if name != "__anext__"],
+    Completed: ("__anext__",),
     TaskContext: REPORTED,
     Runtime: ("__aenter__", "__aexit__", "aclose"),
     Watcher: ("__aenter__", "__aexit__", "__anext__"),
@@ -944,7 +1020,7 @@ def coroutines_of(cls: type[Any]) -> set[str]:
 
 
 # What the public names lead to without being public names themselves.
-PUBLIC = [*(getattr(flowstead, name) for name in flowstead.__all__), Admin, Watcher]
+PUBLIC = [*(getattr(flowstead, name) for name in flowstead.__all__), Admin, Watcher, Completed]
 CLASSES = [cls for cls in PUBLIC if inspect.isclass(cls) and coroutines_of(cls)]
 CALLS = [(cls, name) for cls in CLASSES for name in sorted(coroutines_of(cls))]
 

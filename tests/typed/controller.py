@@ -11,6 +11,8 @@ from flowstead import (
     FlowContext,
     Registry,
     Retry,
+    Step,
+    Succeeded,
     TaskContext,
     open_runtime,
 )
@@ -52,6 +54,24 @@ async def inbox_triage(flow: FlowContext) -> None:
 
     await flow.once("stamp", stamp)
     await flow.finish(state_json=None)
+
+
+@registry.controller("my-plugin/fan-out")
+async def fan_out(flow: FlowContext) -> None:
+    """Steps beside the controller."""
+    await flow.run(classify, {}, fallback=[post, "post"])
+    steps = [await flow.start(classify, thread, timeout=5) for thread in flow.state_json]
+    assert_type(steps, list[Step])
+    async for step in flow.as_completed(steps):
+        assert_type(step, Step)
+        assert_type(step.name, str)
+        assert_type(step.task_id, str)
+        if isinstance(outcome := await step.outcome(), Succeeded):
+            assert_type(outcome, Succeeded)
+    [winner] = await flow.first(steps)
+    assert_type(winner, Step)
+    assert_type(await flow.gather(*steps, return_outcomes=True), list[Any])
+    await winner.cancel()
 
 
 async def serve() -> None:

@@ -135,7 +135,7 @@ class Engine:
         command: Command,
         actor: str,
         *,
-        posted: Callable[[asyncio.Future[Reply]], object],
+        posted: Callable[[asyncio.Future[Reply]], object] = lambda _: None,
     ) -> Reply:
         """Post a command as soon as the mailbox has room for it.
 
