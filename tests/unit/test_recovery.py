@@ -47,13 +47,15 @@ class Facts(NamedTuple):
 
 ANY = None
 QUEUED = frozenset({"queued", "due"})
+NOT_ENDED = frozenset({"live", "intent"})
 WAITING = frozenset({"queued", "pending", "due"})
 AT_HAND = frozenset({"registered", "in memory"})
 
 # One row, and only one, speaks of each child.
 ROWS: list[tuple[tuple[Any, ...], Fate]] = [
     # here  standing  function    controller on_restart status    at_limit
-    ((True, ANY, ANY, ANY, ANY, ANY, ANY), Fate.KEEP),
+    ((True, "ended", ANY, ANY, ANY, ANY, ANY), Fate.STOP),
+    ((True, NOT_ENDED, ANY, ANY, ANY, ANY, ANY), Fate.KEEP),
     ((False, "intent", ANY, ANY, ANY, ANY, ANY), Fate.CANCEL),
     ((False, "ended", ANY, ANY, ANY, ANY, ANY), Fate.CANCEL),
     ((False, "live", "unknown", ANY, ANY, ANY, ANY), Fate.KEEP),
@@ -155,7 +157,7 @@ def test_a_child_that_was_asked_to_stop_is_never_started_again(facts: Facts) -> 
 
     fate, _ = fate_of(asked, view)
 
-    assert fate is (Fate.KEEP if facts.here and facts.status == "running" else Fate.CANCEL)
+    assert fate is (Fate.STOP if facts.here and facts.status == "running" else Fate.CANCEL)
 
 
 @pytest.mark.parametrize("facts", EVERY, ids=named)
@@ -165,7 +167,7 @@ def test_while_the_runtime_closes_nothing_is_started_and_nobody_is_given_up(fact
 
     fate, _ = fate_of(task, view)
 
-    assert fate in (Fate.KEEP, Fate.CANCEL)
+    assert fate in (Fate.KEEP, Fate.CANCEL, Fate.STOP)
     assert (fate is Fate.CANCEL) == (fate_by_the_table(facts) is Fate.CANCEL)
 
 

@@ -11,7 +11,12 @@ from enum import StrEnum
 
 from flowstead.model import command as c
 from flowstead.model.code import NOT_FOUND, Refusal
-from flowstead.model.effect import StartController, StartTask
+from flowstead.model.effect import (
+    StartController,
+    StartTask,
+    StopReason,
+    StopTask,
+)
 from flowstead.model.flow import Failure, FlowStatus, StoredFlow, has_ended
 from flowstead.model.task import Cancelled, Launch, Lost, OnRestart, StoredTask, TaskStatus
 from flowstead.rules import endings
@@ -24,6 +29,7 @@ class Fate(StrEnum):
     """What recovery does with one launched child."""
 
     KEEP = "keep"
+    STOP = "stop"
     LINE_UP = "line_up"
     RESTART = "restart"
     CANCEL = "cancel"
@@ -38,10 +44,14 @@ def recover(view: View, command: c.Recover) -> Decision | Refusal:
     changes: list[endings.Change] = []
     lined_up: list[str] = []
     started: list[StartTask] = []
+    stopped: list[StopTask] = []
     for task in view.children.launched():
         fate, why = fate_of(task, view)
         if fate is Fate.LINE_UP:
             lined_up.append(task.task_id)
+        elif fate is Fate.STOP:
+            reason = StopReason.FLOW_ENDED if has_ended(flow) else StopReason.CANCELLED
+            stopped.append(StopTask(task.task_id, reason))
         elif fate is Fate.RESTART:
             change = endings.restart(task, view.now)
             changes.append(change)
@@ -54,7 +64,7 @@ def recover(view: View, command: c.Recover) -> Decision | Refusal:
     return Decision(
         tasks=tuple(task for task, _ in changes),
         facts=tuple(fact for _, fact in changes),
-        effects=(*started, *_reenter(flow, view)),
+        effects=(*started, *stopped, *_reenter(flow, view)),
         lined_up=tuple(lined_up),
     )
 
@@ -64,6 +74,9 @@ def fate_of(task: StoredTask, view: View) -> tuple[Fate, str]:
     flow, launch = view.flow, task.launch
     assert flow is not None and launch is not None
     if view.has_code(task):
+        # A commit in doubt may have left the wish on disk, and nobody stopped. An intent stops nobody.
+        if has_ended(flow) or task.cancel_requested_at is not None:
+            return Fate.STOP, "its code is running here, and is not wanted any more"
         return Fate.KEEP, "its code is running here"
     if has_ended(flow) or flow.cancel_requested_at is not None:
         return Fate.CANCEL, "interrupted by a restart after the flow ended or was asked to cancel"
