@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.simulation.machine import World
+    from tests.simulation.operations import Call
+
+
+TOLD_SECONDS = 10.0
+"""In a calm world, an end is told within this much simulated time."""
 
 
 def _flow_rows(world: World, key: int) -> FlowRows:
@@ -207,6 +212,34 @@ async def _ask_as_strangers(world: World) -> None:
             assert world._failing, "a read failed in a calm world"
 
 
+def check_nobody_waits_for_what_has_happened(world: World) -> None:
+    """In a calm world, whoever waits for an end is told of it within seconds."""
+    long_ago = world.seconds - TOLD_SECONDS
+    if world.runtime is None or not world.is_calm or world.calm_since > long_ago:
+        return
+    for call in world.clients.values():
+        if call.overtaken or call.returned is not None or not 0 < call.began <= long_ago:
+            continue
+        ended = _end_awaited(world, call)
+        assert ended is None or world.model.entries[ended - 1].seconds > long_ago, (
+            f"{call.name} still waits for what happened at position {ended}"
+        )
+
+
+def _end_awaited(world: World, call: Call) -> int | None:
+    """The position of the end that a call waits for, if it is on disk."""
+    if call.op == "result":
+        named = [log for log in world.flows_of(call.actor) if log.now.flow_id == call.flow_id]
+        ends = [log.first_position(lambda state: state.has_ended) for log in named]
+        # For operators an id may mean either of two flows.
+        return None if None in ends else max(filter(None, ends), default=None)
+    task_id = call.task_id or ""
+    if call.op == "wait_task" and task_id in world.model.home:
+        log = world.model.flows[world.model.home[task_id]]
+        return log.first_position(lambda state: task_id in state.ends)
+    return None
+
+
 OF_A_FLOW = (
     check_i2_revisions_count_changes,
     check_i5_the_end_is_final,
@@ -219,6 +252,7 @@ OF_A_WORLD = (
     check_i4_actors_know_what_is_stored,
     check_i7_one_commit_at_a_time,
     check_i9_unanswered_calls_are_done_or_not_at_all,
+    check_nobody_waits_for_what_has_happened,
 )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from flowstead import (
     Applied,
     Created,
@@ -14,10 +12,10 @@ from flowstead import (
     Retry,
     RuntimeClosed,
     StoreError,
-    Succeeded,
     Task,
 )
 from flowstead import errors as e
+from flowstead.model.task import Outcome
 from tests.simulation import model as spec
 from tests.simulation.linear import Seen
 from tests.simulation.model import (
@@ -31,7 +29,7 @@ from tests.simulation.model import (
     Wrong,
     canonical,
 )
-from tests.simulation.operations import ADMIN, OWNERS, Call, Spec
+from tests.simulation.operations import ADMIN, OWNERS, Call, Spec, told_as
 
 if TYPE_CHECKING:
     from tests.simulation.machine import World
@@ -448,8 +446,14 @@ def task_view(task: Task) -> Answer:
     failure = None if task.failure is None else task.failure.kind
     return (
         task.task_id, task.run_id, task.task, task.status.value, task.attempt,
-        task.progress_summary, task.terminal_summary, failure, task.ended_at,
+        task.progress_summary, task.terminal_summary, failure, task.cancel_requested_at, task.ended_at,
     )  # fmt: skip
+
+
+def status_of(outcome: Outcome) -> str:
+    """The status of a child that ended like that."""
+    name = type(outcome).__name__.lower()
+    return {"timedout": "timed_out"}.get(name, name)
 
 
 def _view_or_none(flow: Flow | None) -> Answer | None:
@@ -833,9 +837,7 @@ def _wait_task(world: World, call: Call) -> Seen:
             world, call, lambda state: state is None or task_id not in state.tasks, logs=logs
         )
     _no_error(call)
-    outcome = call.result
-    status = "succeeded" if isinstance(outcome, Succeeded) else type(outcome).__name__.lower()
-    status = status.replace("timedout", "timed_out")
+    status = status_of(call.result)
 
     def is_right(state: FlowState | None) -> bool:
         task = None if state is None else state.tasks.get(task_id)
@@ -845,12 +847,7 @@ def _wait_task(world: World, call: Call) -> Seen:
 
 
 def _events(call: Call) -> list[dict[str, Any]]:
-    found = []
-    for event in call.result:
-        told = msgspec.to_builtins(event)
-        told.pop("position", None)
-        found.append(told)
-    return found
+    return [told_as(event) for event in call.result]
 
 
 def _history(world: World, call: Call) -> Seen:
@@ -885,6 +882,8 @@ def _watch(world: World, call: Call) -> Seen:
         mine = [entry for entry in world.model.entries if call.actor in (ADMIN, entry.owner)]
         if told != [entry.event for entry in mine[: len(told)]]:
             raise Wrong("the events are not the history")
+    if len(told) < call.owed:
+        raise Wrong(f"{len(told)} events were told within seconds, of {call.owed} there were")
     call.verdict = "read"
     positions = {event.position for event in call.result}
     newest = max(positions, default=0)

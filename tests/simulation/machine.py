@@ -24,7 +24,7 @@ from flowstead.errors import StoreError
 from flowstead.store.codec import FlowWrite
 from flowstead.testing import CALM, Faults, Schedule, Simulation, SqliteFiles
 from flowstead.testing.simulation import Crashed
-from tests.simulation import judge
+from tests.simulation import judge, promises
 from tests.simulation import model as spec
 from tests.simulation.linear import Order
 from tests.simulation.model import Entry, FlowLog, Model, Wrong
@@ -36,7 +36,7 @@ LIMITS = Limits(
     mailbox=spec.MAILBOX,
     running_children=spec.RUNNING_CHILDREN,
     active_children=spec.ACTIVE_CHILDREN,
-    interruptions=3,
+    interruptions=spec.INTERRUPTIONS,
     cancel_grace=20.0,
     shutdown_grace=2.0,
     idle_seconds=3.0,
@@ -45,6 +45,11 @@ LIMITS = Limits(
 )
 HEALED_SECONDS = 240.0
 """In this much virtual time after the last fault everything must have come to rest."""
+STOPPED_SECONDS = 30.0
+"""In this much virtual time, in a calm world, code that is to stop has stopped, unless it hangs for ever."""
+
+TAKEN = "took it over"
+"""What an overtaken runtime says to whoever asks it for a change."""
 
 
 class World:
@@ -96,6 +101,10 @@ class World:
         self.process = 0
         self.touched: set[int] = set()
         self.trouble_at = 0
+        self.calm_since = 0.0
+        """The simulated second of the last trouble."""
+        self.orphans: set[tuple[int, str]] = set()
+        """Code of runtimes that were overtaken which has not stopped, by process and child."""
         self._stubborn: set[str] = set()
         self._begun: set[tuple[int, str, int]] = set()
         self._ticks = 0
@@ -128,6 +137,17 @@ class World:
     @property
     def is_up(self) -> bool:
         return self.runtime is not None
+
+    @property
+    def seconds(self) -> float:
+        """Simulated seconds since the beginning, over all processes."""
+        loop = self.simulation._loop
+        return self.simulation._seconds if loop is None else loop.time()
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether no disk fails, and nobody was overtaken."""
+        return not self._failing and not self.overtaken
 
     # ---- processes --------------------------------------------------------------------------------
 
@@ -210,6 +230,7 @@ class World:
             self.seen["open failed"] += 1
             return False
         self.seen["takeover"] += 1
+        self.orphans |= {(self.process, task_id) for task_id in self.running}
         self.process += 1
         self.overtaken.append(before)
         # What the first one runs is not this process's any more.
@@ -233,7 +254,7 @@ class World:
 
     def note_trouble(self) -> None:
         """Calls under way may fail for no reason of their own."""
-        self.trouble_at = self.tick()
+        self.trouble_at, self.calm_since = self.tick(), self.seconds
         for call in self.clients.values():
             call.troubled = True
 
@@ -254,7 +275,9 @@ class World:
                 call.died, call.verdict = died, "unknown"
         self.clients.clear()
         self.runtime, self.process = None, self.process + 1
+        self.calm_since = self.seconds
         self.overtaken.clear()
+        self.orphans.clear()
         self.running.clear()
         self.hanging.clear()
         self._committing = False
@@ -320,10 +343,12 @@ class World:
         """Fold what is new on the disk into the model."""
         rows = self._rows(len(self.model.entries))
         for position, key, doc in rows:
-            entry = Entry(position, key, self._owner_of(key), msgspec.json.decode(doc), tick)
+            event = msgspec.json.decode(doc)
+            entry = Entry(position, key, self._owner_of(key), event, tick, self.seconds)
             try:
                 self.model.absorb(entry)
                 judge.attribute(self, entry)
+                promises.check(self, entry)
             except Wrong as wrong:
                 self.violations.append(str(wrong))
                 raise
@@ -390,12 +415,22 @@ class World:
 
         return self.play(wait())
 
+    def ask_the_overtaken(self, *asked: Spec) -> None:
+        """Make calls to a runtime that was overtaken; once it knows, the code it runs has to stop."""
+        self.seen["zombie asked"] += 1
+        first, at_work = len(self.calls), bool(self.orphans)
+        if not self.call(*asked, zombie=True) or not any(map(was_told, self.calls[first:])):
+            return
+        self.seen["zombie stopped"] += at_work
+        if self.advance(STOPPED_SECONDS) and self.orphans:
+            raise Wrong(f"overtaken, and goes on: {sorted(self.orphans)}")
+
     async def perform(self, asked: Spec) -> None:
         """Make a call from inside the simulated process."""
         await self.begin(asked)
 
     async def _make(self, call: Call) -> None:
-        call.invoked = self.tick()
+        call.invoked, call.began = self.tick(), self.seconds
         call.troubled = self._failing or bool(self.overtaken)
         operation = OPERATIONS[call.op]
         try:
@@ -424,17 +459,35 @@ class World:
         self._judge()
 
     def _judge(self) -> None:
+        # What was wrong at its commit comes first: what callers were told in consequence says less.
+        self._raise_violations()
         answered, self.answered = self.answered, []
         for call in answered:
             judge.judge(self, call)
             self.seen[f"op {call.op}"] += 1
             self.seen[f"verdict {call.verdict}"] += 1
+        self._raise_violations()
+
+    def _raise_violations(self) -> None:
         if self.violations:
             raise Wrong("\n".join(self.violations))
 
     def flows_of(self, owner: str) -> list[FlowLog]:
         """Flows that exist, newest first."""
         return self.model.owned_by("" if owner == ADMIN else owner)
+
+    def events_for(self, call: Call) -> int:
+        """How many events there are of what the call watches."""
+        if call.args["one"]:
+            # For operators the id may mean either of two flows.
+            named = [log for log in self.flows_of(call.actor) if log.now.flow_id == call.flow_id]
+            return min((len(log.positions) - 1 for log in named), default=0)
+        return sum(call.actor in (ADMIN, entry.owner) for entry in self.model.entries)
+
+    def durable(self, call: Call, seq: int) -> list[Entry]:
+        """The durable events of this number in the flows that the caller may see."""
+        found = [log for log in self.flows_of(call.actor) if seq < len(log.positions)]
+        return [self.model.entries[log.positions[seq] - 1] for log in found]
 
     # ---- code that runs ---------------------------------------------------------------------------
 
@@ -452,6 +505,9 @@ class World:
             ("give up", self._give_up),
             ("patient", self._patient),
             ("bare", self._bare_steps),
+            ("race", self._race),
+            ("collect", self._collect),
+            ("fall back", self._fall_back),
         ):
             registry.controller(name)(drive)
         return registry
@@ -480,6 +536,7 @@ class World:
         try:
             return await self._do(context, (given or {}).get("do", "succeed"))
         finally:
+            self.orphans.discard((process, task_id))
             if self.process == process:
                 self.running.pop(task_id, None)
 
@@ -500,6 +557,10 @@ class World:
         match what:
             case "fail":
                 raise ValueError("as asked")
+            case "fail late" | "fail late once":
+                await asyncio.sleep(1.5)
+                if what == "fail late" or context.attempt == 1:
+                    raise ValueError("in the end")
             case "fail once" if context.attempt == 1:
                 raise ValueError("the first time")
             case "nap":
@@ -571,17 +632,72 @@ class World:
         await flow.run(self.bare, {"do": "nap"}, name="first")
         await flow.run(self.bare, {"do": "succeed"}, name="second")
 
+    async def _race(self, flow: FlowContext) -> None:
+        named = list(spec.RACERS)
+        # Not all of them may run at once, so the order counts; it is another in another flow.
+        turn = sum(map(ord, flow.flow_id)) % len(named)
+        racers = [
+            await flow.start("work", {"do": spec.RACERS[name]}, name=name)
+            for name in named[turn:] + named[:turn]
+        ]
+        [winner] = await flow.first(racers)
+        await flow.update(state_json={"winner": winner.name})
+        losers = [racer for racer in racers if racer != winner]
+        ends = {loser.name: judge.status_of(await loser.outcome()) for loser in losers}
+        await flow.finish(state_json={"winner": winner.name, "losers": ends})
+        self.seen[f"race won by {winner.name}"] += 1
+        self.seen.update(f"race lost by a child that {end}" for end in ends.values())
+
+    async def _collect(self, flow: FlowContext) -> None:
+        retry = Retry(max_attempts=spec.PART_ATTEMPTS, initial=2.0, jitter=0.0)
+        steps = [
+            await flow.start("work", {"do": what}, name=name, retry=retry)
+            for name, what in spec.PARTS.items()
+        ]
+        order: list[Any] = []
+        async for step in flow.as_completed(steps):
+            order.append(step.name)
+            # Each place is one to crash at, and to be run again from the top.
+            await flow.update(state_json={"order": order})
+        outcomes = await flow.gather(*steps, return_outcomes=True)
+        statuses: list[Any] = [judge.status_of(outcome) for outcome in outcomes]
+        await flow.finish(state_json={"order": order, "outcomes": statuses})
+        self.seen["collected"] += 1
+
+    async def _fall_back(self, flow: FlowContext) -> None:
+        main, *others = spec.CHAIN.values()
+        found: Any = await flow.run(main, {"do": "fail late once"}, name="main", fallback=others)
+        await flow.finish(state_json={"by": found["by"]})
+        self.seen["fell back"] += 1
+
     # ---- coming to rest ---------------------------------------------------------------------------
 
     def heal(self) -> None:
         """Stop all faults, let everything come to rest, and see that it has."""
         self.set_faults(CALM)
         self.simulation.heal()
-        self.open_gates()
         if self.is_up and self.overtaken:
             self.kill()
         if not self.is_up:
             self.boot()
         # What was stamped by a clock that ran ahead comes due when that clock is reached again.
         self.simulation.clock.shift_ms = self._furthest_shift
+        assert self.advance(STOPPED_SECONDS), "nobody dies in a calm world"
+        # Code that hangs goes on hanging until here, so that what has stopped has been stopped.
+        self._check_code_is_wanted()
+        self.open_gates()
         assert self.advance(HEALED_SECONDS), "nobody dies in a calm world"
+
+    def _check_code_is_wanted(self) -> None:
+        """No child runs on whose flow has ended, or whose controller has stopped it."""
+        for task_id in self.running:
+            flow, task = self.model.flows[self.model.home[task_id]].now, self.model.task(task_id)
+            assert task is not None
+            if flow.has_ended or spec.has_lost(flow, task):
+                raise Wrong(f"its code runs on, though nobody wants it: {task} of {flow}")
+
+
+def was_told(call: Call) -> bool:
+    """Whether whoever answered knew by then that another runtime had the store."""
+    reason = getattr(call.result, "reason", None) or str(call.error or "")
+    return call.returned is not None and TAKEN in reason

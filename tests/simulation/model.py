@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ FLOW_ENDS = {
     "flow.failed": "failed",
     "flow.cancelled": "cancelled",
 }
-CONTROLLERS = ("plan", "raise", "give up", "patient", "bare")
+CONTROLLERS = ("plan", "raise", "give up", "patient", "bare", "race", "collect", "fall back")
 """Those that the runtimes of a world have code for."""
 LAUNCHED = "task"
 """The `runtime` of children that are launched; the worlds link theirs under other names."""
@@ -27,6 +28,14 @@ STATE_BYTES = 400
 ACTIVE_CHILDREN = 6
 RUNNING_CHILDREN = 2
 MAILBOX = 6
+INTERRUPTIONS = 3
+RACERS = {"stuck": "hang", "napping": "nap", "quick": "progress"}
+"""The steps the controller `race` lets run against each other, and what they do."""
+PARTS = {"long": "nap", "broken": "fail late", "quick": "succeed", "talking": "progress"}
+"""The steps the controller `collect` takes as they come, and what they do."""
+PART_ATTEMPTS = 2
+CHAIN = {"main": "work", "main/fallback-1": "fragile", "main/fallback-2": "flaky"}
+"""The steps of the controller `fall back`, in the order in which they may be needed."""
 
 Answer = tuple[Any, ...]
 
@@ -55,6 +64,12 @@ class TaskState:
     failure: str | None = None
     ended_at: int | None = None
     released: bool = False
+    due: int | None = None
+    """The instant before which its next attempt may not start."""
+    asked_to_stop_at: int | None = None
+    retries: int = 0
+    interruptions: int = 0
+    """How often it was started although it was running: cut off by a crash."""
 
     @property
     def is_active(self) -> bool:
@@ -64,7 +79,7 @@ class TaskState:
         """What anybody who reads the child must see."""
         return (
             self.task_id, self.run_id, self.text, self.status, self.attempt, self.progress, self.summary,
-            self.failure, self.ended_at,
+            self.failure, self.asked_to_stop_at, self.ended_at,
         )  # fmt: skip
 
 
@@ -89,6 +104,8 @@ class FlowState:
     failure: str | None = None
     ended_at: int | None = None
     tasks: dict[str, TaskState] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
+    """The children that have ended, in the order in which they did."""
 
     @property
     def has_ended(self) -> bool:
@@ -130,6 +147,8 @@ class Entry:
     event: dict[str, Any]
     tick: int
     """The instant of its commit, by the world's count of instants."""
+    seconds: float = 0.0
+    """The same by the simulated clock, which is never put wrong."""
 
     @property
     def type(self) -> str:
@@ -178,6 +197,11 @@ class FlowLog:
             if since <= position:
                 return state
         raise AssertionError("the first state holds from the beginning")
+
+    def first_position(self, is_so: Callable[[FlowState], bool]) -> int | None:
+        """The position from which on something was first so."""
+        places = zip(self.positions, self.states, strict=True)
+        return next((at for at, state in places if state is not None and is_so(state)), None)
 
 
 class Model:
@@ -245,6 +269,9 @@ def follow(before: FlowState | None, entry: Entry) -> FlowState:
         raise Wrong(f"the flow has ended: {entry}")
     after = _patched(before, entry)
     _check_flow_step(before, after, entry)
+    _check_failure(entry)
+    if entry.actor in ("runtime", "controller") and before.controller in _CONTROLLERS_SAY:
+        _CONTROLLERS_SAY[before.controller](after, entry)
     return after
 
 
@@ -319,6 +346,12 @@ def _check_flow_step(before: FlowState, after: FlowState, entry: Entry) -> None:
         raise Wrong(f"this may not follow on {before.status}: {entry}")
 
 
+def _check_failure(entry: Entry) -> None:
+    code = (entry.changed.get("failure") or {}).get("code")
+    if entry.type == "flow.failed" and code in _FAILURES_OF_THE_STORE:
+        raise Wrong(f"a flow does not fail because its disk did: {entry}")
+
+
 def _with_task(flow: FlowState, entry: Entry) -> FlowState:
     task_id, told = entry.task_id, entry.changed
     assert task_id is not None
@@ -332,28 +365,37 @@ def _with_task(flow: FlowState, entry: Entry) -> FlowState:
         task = TaskState(
             task_id, told.get("runId"), told["task"], told["runtime"] == LAUNCHED, told["status"]
         )
+        if flow.controller == "fall back" and entry.actor == "controller":
+            _check_fallback_is_needed(flow, task, entry)
     else:
         before = flow.tasks.get(task_id)
         if before is None or not before.is_active:
             raise Wrong(f"the child has ended, or never was: {entry}")
-        task = _task_after(before, told)
+        task = _task_after(before, entry)
         _check_task_step(flow, before, task, entry)
-    return replace(flow, tasks={**flow.tasks, task_id: task})
+    ends = flow.ends if task.is_active else (*flow.ends, task_id)
+    return replace(flow, tasks={**flow.tasks, task_id: task}, ends=ends)
 
 
-def _task_after(before: TaskState, told: dict[str, Any]) -> TaskState:
-    fields: dict[str, Any] = {}
+def _task_after(before: TaskState, entry: Entry) -> TaskState:
+    told, fields = entry.changed, dict[str, Any]()
     for wire, name in (
         ("status", "status"),
         ("attempt", "attempt"),
         ("progressSummary", "progress"),
         ("terminalSummary", "summary"),
+        ("cancelRequestedAt", "asked_to_stop_at"),
         ("endedAt", "ended_at"),
+        ("nextAttemptAt", "due"),
     ):
         if wire in told:
             fields[name] = told[wire]
     if "failure" in told:
         fields["failure"] = None if told["failure"] is None else told["failure"]["kind"]
+    if entry.type == "task.retry_scheduled":
+        fields["retries"] = before.retries + 1
+    if entry.type == "task.started" and before.status == "running":
+        fields["interruptions"] = before.interruptions + 1
     return replace(before, released=False, **fields)
 
 
@@ -369,6 +411,8 @@ def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry
             allowed = status == ("queued", "running") and gained == 0 and flow.intent is None
     elif kind == "task.progressed":
         allowed = before.status == after.status and gained == 0
+    elif kind == "task.cancel_requested":
+        allowed = before.launched and status == ("running", "running") and gained == 0
     elif kind == "task.retry_scheduled":
         allowed = before.launched and status == ("running", "queued") and gained == 0
         allowed = allowed and not halted
@@ -380,6 +424,101 @@ def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry
         raise Wrong(f"this may not follow on {before.status} of attempt {before.attempt}: {entry}")
     if (kind == "task.ended") != (not after.is_active):
         raise Wrong(f"ended and not ended: {entry}")
+    if kind != "task.cancel_requested" and before.asked_to_stop_at != after.asked_to_stop_at:
+        raise Wrong(f"that it was asked to stop has changed: {entry}")
+    if before.asked_to_stop_at is not None and kind not in ("task.progressed", "task.ended"):
+        raise Wrong(f"it was asked to stop before: {entry}")
+    if kind == "task.started":
+        _check_start(before, after, entry)
+
+
+def _check_start(before: TaskState, after: TaskState, entry: Entry) -> None:
+    if before.due is not None and entry.event["at"] < before.due:
+        raise Wrong(f"it was not due before {before.due}: {entry}")
+    if after.interruptions > INTERRUPTIONS:
+        raise Wrong(f"cut off {after.interruptions} times, and started all the same: {entry}")
+
+
+# ---- what controllers make of their steps ---------------------------------------------------------
+
+_FAILURES_OF_THE_STORE = frozenset({"CommitFailed", "OutcomeUnknown", "StoreUnusable"})
+_WITHOUT_RESULT = frozenset({"failed", "timed_out", "lost"})
+_CHILD_ERRORS = frozenset({"ChildFailed", "ChildTimedOut", "ChildLost"})
+
+
+def _said(entry: Entry) -> dict[str, Any]:
+    """What the controller wrote into the state with this event."""
+    found: dict[str, Any] = entry.changed.get("stateJson") or {}
+    return found if entry.actor == "controller" else {}
+
+
+def _was_raised(entry: Entry, codes: frozenset[str]) -> bool:
+    """Whether the flow failed because its controller let one of these errors pass."""
+    return (entry.changed.get("failure") or {}).get("code") in codes
+
+
+def _ended_among(flow: FlowState, names: Iterable[str]) -> list[TaskState]:
+    """The children of these run ids that have ended, in the order in which they did."""
+    wanted = frozenset(names)
+    return [task for task in map(flow.tasks.__getitem__, flow.ends) if task.run_id in wanted]
+
+
+def _check_race(flow: FlowState, entry: Entry) -> None:
+    """The winner was the first to succeed; of the losers the controller knows how they ended."""
+    said, ended = _said(entry), _ended_among(flow, RACERS)
+    succeeded = [task.run_id for task in ended if task.status == "succeeded"]
+    if "winner" in said and succeeded[:1] != [said["winner"]]:
+        raise Wrong(f"those that succeeded are {succeeded}: {entry}")
+    left = [task for task in flow.active if task.run_id in RACERS and task.asked_to_stop_at is None]
+    if "winner" in said and left:
+        raise Wrong(f"not every loser was stopped: {left}, {entry}")
+    known = {task.run_id: task.status for task in ended if task.run_id != said.get("winner")}
+    if "losers" in said and said["losers"] != known:
+        raise Wrong(f"the losers ended as {known}: {entry}")
+    if succeeded and _was_raised(entry, _CHILD_ERRORS | {"ChildCancelled"}):
+        raise Wrong(f"{succeeded} succeeded, and nobody won: {entry}")
+
+
+def _check_collection(flow: FlowState, entry: Entry) -> None:
+    """Steps were handed out in the order of their ends, and gathered in the order asked for."""
+    said, ended = _said(entry), _ended_among(flow, PARTS)
+    order = said.get("order", [])
+    if order != [task.run_id for task in ended[: len(order)]]:
+        raise Wrong(f"they ended as {[task.run_id for task in ended]}: {entry}")
+    statuses = {task.run_id: task.status for task in ended}
+    if "outcomes" in said and said["outcomes"] != [statuses.get(name) for name in PARTS]:
+        raise Wrong(f"they ended as {statuses}: {entry}")
+
+
+def _check_fallback_is_needed(flow: FlowState, task: TaskState, entry: Entry) -> None:
+    """A fallback begins only after the step before it has ended without a result."""
+    names = list(CHAIN)
+    for name in names[: names.index(task.run_id or "")]:
+        before = flow.run(name)
+        if before is None or before.status not in _WITHOUT_RESULT:
+            raise Wrong(f"nobody needs it after {before}: {entry}")
+
+
+def _check_fallback(flow: FlowState, entry: Entry) -> None:
+    """The result is that of the last step begun; it is given up only after the last there is."""
+    said, begun = _said(entry), [task for name in CHAIN if (task := flow.run(name))]
+    if "by" in said and (begun[-1].task_id, begun[-1].status) != (said["by"], "succeeded"):
+        raise Wrong(f"the steps are {begun}: {entry}")
+    if _was_raised(entry, _CHILD_ERRORS) and len(begun) < len(CHAIN):
+        raise Wrong(f"there are fallbacks left after {begun}: {entry}")
+
+
+_CONTROLLERS_SAY: dict[str, Callable[[FlowState, Entry], None]] = {
+    "race": _check_race,
+    "collect": _check_collection,
+    "fall back": _check_fallback,
+}
+
+
+def has_lost(flow: FlowState, task: TaskState) -> bool:
+    """Whether a child is a loser of a race that is decided, so that its controller has stopped it."""
+    is_driven = flow.controller == "race" and flow.status == "running" and flow.intent is None
+    return is_driven and task.run_id in RACERS and '"winner"' in flow.state
 
 
 # ---- what a call must answer ----------------------------------------------------------------------

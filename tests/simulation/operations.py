@@ -12,6 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 
 if TYPE_CHECKING:
     from tests.simulation.machine import World
@@ -47,6 +48,10 @@ class Call:
     of_zombie: bool = False
     """Whether it was made to a runtime that had been overtaken already."""
     code_left: list[str] = field(default_factory=list)
+    began: float = 0.0
+    """The simulated second at which it was made; 0 before that."""
+    owed: int = 0
+    """How many events a watcher has to be told before it goes."""
 
     @property
     def token(self) -> str:
@@ -82,9 +87,12 @@ _PATCH: Choices = {
 }
 _GRACE: Choices = {"grace": (0.01, 0.01, 1.0, 5.0, 40.0)}
 _DOING = (
-    "succeed", "succeed", "nap", "nap", "fail", "hang", "hang", "swallow", "stubborn", "progress",
+    "succeed", "succeed", "nap", "nap", "fail", "fail late", "hang", "hang", "swallow", "stubborn", "progress",
     "exit", "odd",
 )  # fmt: skip
+
+
+_CATCH_UP_SECONDS = 5.0
 
 
 def _mutation(op: str) -> Callable[[World, Call, Any], Awaitable[Any]]:
@@ -141,15 +149,37 @@ async def _resolve(world: World, call: Call, flows: Any) -> Any:
 
 
 async def _watch(world: World, call: Call, flows: Any) -> Any:
-    """Watch for a second, and answer what was seen."""
+    """Watch for a second, and a few more for what is durable by then; answer what was seen."""
     found: list[Any] = []
     one = call.args["one"]
     after = {"after_seq": 0} if one else {"after_position": 0}
+
+    def note(event: Any) -> None:
+        found.append(event)
+        if not any(durable.event == told_as(event) for durable in world.durable(call, event.seq)):
+            world.violations.append(f"{call.name} was told before it was durable: {event}")
+
     async with flows.watch(call.flow_id if one else None, **after) as events:
         with anyio.move_on_after(1.0):
             async for event in events:
-                found.append(event)
+                note(event)
+        owed, trouble = world.events_for(call), world.trouble_at
+        if len(found) < owed:
+            with anyio.move_on_after(_CATCH_UP_SECONDS):
+                async for event in events:
+                    note(event)
+                    if len(found) == owed:
+                        break
+    # What happened before it was calm has to be told as well, once it is calm.
+    call.owed = owed if world.is_calm and world.trouble_at == trouble else 0
     return found
+
+
+def told_as(event: Any) -> dict[str, Any]:
+    """An event as it was handed out, in the shape of those on the disk."""
+    told: dict[str, Any] = msgspec.to_builtins(event)
+    told.pop("position", None)
+    return told
 
 
 async def _unreadable(world: World, call: Call, flows: Any) -> Any:
@@ -166,6 +196,7 @@ OPERATIONS: dict[str, Operation] = {
             "owner": (OWNERS[0], OWNERS[0], OWNERS[1]),
             "controller": (
                 "shop/triage", "shop/triage", "plan", "plan", "raise", "give up", "patient", "bare",
+                "race", "collect", "fall back",
             ),
             "given": (None, None, None, "mine-1", "mine-2"),
             "key": (None, None, None, "K1", "K2"),

@@ -7,10 +7,12 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
+import msgspec
+
 from flowstead.testing import CALM, Faults
 from tests.simulation import checks
 from tests.simulation.machine import World
-from tests.simulation.model import Wrong
+from tests.simulation.model import INTERRUPTIONS, Wrong
 from tests.simulation.operations import Spec, draw
 
 FAULTS: Final = {
@@ -88,8 +90,7 @@ def finish(world: World) -> None:
 def _step(world: World, random: Random) -> int:
     """One thing that happens; answers how many operations it took."""
     if world.is_up and world.overtaken and random.random() < 0.4:
-        world.seen["zombie asked"] += 1
-        world.call(draw(random), draw(random), zombie=True)
+        world.ask_the_overtaken(draw(random), draw(random))
         return 2
     chance = random.random()
     if chance < 0.50:
@@ -101,8 +102,12 @@ def _step(world: World, random: Random) -> int:
         return _rush(world, random)
     if chance < 0.68:
         return _cancel_at_work(world, random)
-    if chance < 0.71:
+    if chance < 0.70:
         return _look_closely(world, random)
+    if chance < 0.72:
+        return _await_the_end(world, random)
+    if chance < 0.73:
+        return _create_twice(world, random)
     if chance < 0.79:
         world.advance(random.choice((0.1, 1.0, 3.0, 7.0, 25.0)))
         return 0
@@ -124,6 +129,7 @@ def _fate(world: World, random: Random) -> int:
     power = is_simulated and random.random() < (0.7 if world.durability == "normal" else 0.3)
     ways = (
         "kill", "crash", "crash", "crash closing", "crash later", "crash opening", "close", "takeover",
+        "again and again", "sleep",
     )  # fmt: skip
     match random.choice(ways):
         case "kill":
@@ -138,36 +144,101 @@ def _fate(world: World, random: Random) -> int:
             world.kill(power=power)
             world.crash_after(random.randrange(1, 30), power=power)
             world.boot()
+        case "again and again":
+            return _kill_again_and_again(world, random)
+        case "sleep":
+            return _sleep(world, random)
         case "crash later":
             world.crash_after(random.randrange(1, 60), power=power)
             world.advance(30.0)
         case "close":
-            world.close()
-            checks.check_i10_closing_leaves_nobody_waiting(world)
+            _start_work(world, random, "hang")
+            if world.is_up:
+                world.close()
+                checks.check_i10_closing_leaves_nobody_waiting(world)
         case _ if is_simulated and not world.overtaken:
-            world.take_over()
+            return _overtake(world, random)
     return 0
 
 
-def _rush(world: World, random: Random) -> int:
-    """More calls of one flow at the same moment than its mailbox holds."""
-    op = random.choice(("run_task", "update", "set_waiting"))
-    asked = [draw(random, op) for _ in range(12)]
+def _start_work(world: World, random: Random, doing: str) -> None:
+    """A new flow with one child, which runs from here on, unless the process dies on the way."""
+    create, run = (draw(random, op) for op in ("create_managed", "run_task"))
+    create[1].update(given=None, key=None, controller="shop/triage")
+    run[1].update(flow=0, whose="own", kind="work", doing=doing, run_id=None, input="good")
+    for asked in (create, run):
+        if world.is_up:
+            world.call(asked)
+
+
+def _overtake(world: World, random: Random) -> int:
+    """A second runtime takes the store while code runs in the first, which is asked for a change later on."""
+    _start_work(world, random, "hang")
+    update = draw(random, "update")
+    update[1].update(flow=0, whose="own", revision="right", state="small")
+    if world.is_up and world.take_over():
+        world.ask_the_overtaken(update)
+    return 3
+
+
+def _kill_again_and_again(world: World, random: Random) -> int:
+    """A child that runs each time the process dies, oftener than it is started again."""
+    _start_work(world, random, "hang")
+    for _ in range(INTERRUPTIONS + 2):
+        if world.is_up:
+            world.kill()
+        world.boot()
+        world.advance(0.5)
+    return 2
+
+
+def _sleep(world: World, random: Random) -> int:
+    """Nobody lives at the instant at which a requested cancel is due."""
+    create, cancel = (draw(random, op) for op in ("create_managed", "request_cancel"))
+    create[1].update(given=None, key=None, controller="shop/triage")
+    cancel[1].update(flow=0, whose="own", revision="right")
+    for asked in (create, cancel):
+        if world.is_up:
+            world.call(asked)
+    if world.is_up:
+        world.kill()
+    world.jump_clock(random.choice((30, 3600)))
+    return 2
+
+
+def _create_twice(world: World, random: Random) -> int:
+    """The same flow asked for several times at the same moment, by a key that few have used before."""
+    asked = [draw(random, "create_managed") for _ in range(3)]
+    key = random.choice(("K3", "K4", "K5"))
     for _, given in asked:
-        given.update(flow=0, whose="own", input="good", run_id=None)
+        given.update(owner=asked[0][1]["owner"], key=key, variant="x")
     world.call(*asked)
+    return 2
+
+
+def _rush(world: World, random: Random) -> int:
+    """More calls of one flow at the same moment than its mailbox holds, and somebody who watches it."""
+    create = draw(random, "create_managed")
+    create[1].update(given=None, key=None, controller="shop/triage")
+    world.call(create)
+    if not world.is_up:
+        return 1
+    op = random.choice(("run_task", "run_task", "update", "set_waiting"))
+    asked = [draw(random, op) for _ in range(12)]
+    watch = draw(random, "watch")
+    for _, given in (watch, *asked):
+        given.update(flow=0, whose="own", input="good", run_id=None)
+    world.call(watch, *asked)
     return 3
 
 
 def _cancel_at_work(world: World, random: Random) -> int:
     """A cancel that does not wait for a child which takes its time to stop."""
-    create, run, cancel = (draw(random, op) for op in ("create_managed", "run_task", "cancel"))
-    create[1].update(given=None, key=None, controller="shop/triage")
-    run[1].update(flow=0, whose="own", kind="work", doing="stubborn", run_id=None, input="good")
+    _start_work(world, random, "stubborn")
+    cancel = draw(random, "cancel")
     cancel[1].update(flow=0, whose="own", grace=0.01, revision="none")
-    for asked in (create, run, cancel):
-        if world.is_up:
-            world.call(asked)
+    if world.is_up:
+        world.call(cancel)
     return 3
 
 
@@ -177,7 +248,8 @@ def _look_closely(world: World, random: Random) -> int:
         world.disk.faults = Faults(delay=0.02)
     writes = [draw(random, "update") for _ in range(3)]
     reads = [[draw(random, op) for op in ("get", "list", "history") * 2] for _ in range(2)]
-    for _, given in (*writes, *reads[0], *reads[1]):
+    watch = draw(random, "watch")
+    for _, given in (watch, *writes, *reads[0], *reads[1]):
         given.update(flow=0, whose="own")
 
     async def client(program: list[Spec]) -> None:
@@ -185,10 +257,41 @@ def _look_closely(world: World, random: Random) -> int:
             await asyncio.wait({world.begin(asked)}, timeout=4.0)
 
     async def together() -> None:
-        await asyncio.gather(*(client(program) for program in (writes, *reads)))
+        await asyncio.gather(*(client(program) for program in ([watch], writes, *reads)))
 
     world.play(together())
     return 6
+
+
+def _await_the_end(world: World, random: Random) -> int:
+    """A flow that ends while callers begin to wait for that, on a disk that takes its time or does not answer."""
+    create, finish = (draw(random, op) for op in ("create_managed", "finish"))
+    create[1].update(given=None, key=None, controller="shop/triage")
+    finish[1].update(flow=0, whose="own", revision="right", state="unset")
+    world.call(create)
+    if not world.is_up:
+        return 1
+    world.set_faults(random.choice((CALM, FAULTS["fail_unknown"], FAULTS["fail_after"])))
+    world.disk.faults = msgspec.structs.replace(world.disk.faults, delay=0.02)
+    watch, *waits = (draw(random, op) for op in ("watch", *["result"] * 8))
+    for _, given in (watch, *waits):
+        given.update(flow=0, whose="own")
+
+    async def calm_down() -> None:
+        await asyncio.sleep(0.5)
+        world.set_faults(CALM)
+
+    async def later(asked: Spec) -> None:
+        await asyncio.sleep(random.random() * 0.05)
+        await asyncio.wait({world.begin(asked)}, timeout=4.0)
+
+    async def together() -> None:
+        world.begin(watch)
+        await asyncio.gather(calm_down(), *(later(asked) for asked in (finish, *waits)))
+
+    if world.play(together()):
+        world.advance(2 * checks.TOLD_SECONDS)
+    return 4
 
 
 def _clients(world: World, random: Random) -> int:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from flowstead import Created, Registry, Retry, Runtime, TaskContext
 from flowstead.model.command import Recover, ReleaseTasks
 from flowstead.model.task import Launch, OnRestart
@@ -55,6 +57,37 @@ def test_a_retry_whose_start_nobody_can_vouch_for_is_started_all_the_same() -> N
 
         assert simulation.run(host, registry=registry) == "succeeded"
         assert simulation.disk.fired["fail_after"] == 2, "vacuous"
+
+
+@pytest.mark.parametrize("way", ["finish", "fail", "cancel_task"])
+def test_a_stop_nobody_can_vouch_for_is_carried_out_all_the_same(way: str) -> None:
+    registry = Registry()
+
+    @registry.task()
+    async def endless(context: TaskContext, _: Any) -> Any:
+        await asyncio.Event().wait()
+
+    with Simulation(1) as simulation:
+
+        async def host(runtime: Runtime) -> str:
+            flows = runtime.tasks.flow.bind_session(session_key="agent:a")
+            flow = await flows.create_managed(controller_id="shop/triage", goal="triage")
+            made = await flows.run_task(flow_id=flow.flow_id, task="work", run="endless")
+            assert isinstance(made, Created)
+            await asyncio.sleep(0.2)
+            simulation.disk.faults = Faults(fail_after=1.0)
+            if way == "cancel_task":
+                await flows.cancel_task(made.task.task_id, grace=0.1)
+            else:
+                await getattr(flows, way)(flow_id=flow.flow_id, expected_revision=0)
+            simulation.disk.faults = CALM
+            await asyncio.sleep(60.0)
+            task = await flows.get_task(made.task.task_id)
+            assert task is not None
+            return task.status
+
+        assert simulation.run(host, registry=registry) == "cancelled"
+        assert simulation.disk.fired["fail_after"] == 1, "vacuous"
 
 
 def test_a_read_never_falls_behind_an_earlier_read() -> None:

@@ -172,7 +172,7 @@ class FlowsMachine(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.world.overtaken))
     @rule(asked=st.lists(mutations, min_size=1, max_size=3))
     def call_a_runtime_that_was_overtaken(self, asked: list[Any]) -> None:
-        self.world.call(*asked, zombie=True)
+        self.world.ask_the_overtaken(*asked)
 
     # ---- what holds -------------------------------------------------------------------------------
 

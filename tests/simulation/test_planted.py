@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from msgspec import UNSET
 
+from flowstead import Step, Succeeded, controller
 from flowstead.engine.actor import Actor
 from flowstead.engine.engine import Engine
 from flowstead.engine.feed import Watcher
@@ -18,6 +19,7 @@ from flowstead.model.effect import StartTask
 from flowstead.rules import decide, decide_tasks, endings, follow, recovery
 from flowstead.rules.turn import Turn
 from flowstead.scoped import ScopedFlows
+from flowstead.step import Completed
 from flowstead.testing.disk import Disk, SimulatedStore
 from tests.simulation import programs
 
@@ -235,6 +237,25 @@ def let_go_of_actors_that_are_writing(plant: pytest.MonkeyPatch) -> None:
     plant.setattr(Engine, "_actor", careless)
 
 
+def hand_out_steps_in_the_order_asked_for(plant: pytest.MonkeyPatch) -> None:
+    def make_ready(self: Completed) -> None:
+        ended = [step for step in self._left if step._is_known]
+        self._left = [step for step in self._left if step not in ended]
+        self._ready.extend(ended)
+
+    plant.setattr(Completed, "_make_ready", make_ready)
+
+
+def let_losers_run_on(plant: pytest.MonkeyPatch) -> None:
+    async def race(steps: Any, count: int) -> list[Step]:
+        async for step in Completed(steps):
+            if isinstance(await step.outcome(), Succeeded):
+                return [step]
+        return []
+
+    plant.setattr(controller, "first", race)
+
+
 PLANTED: tuple[Plant, ...] = (
     answer_before_the_commit,
     take_no_notice_of_revisions,
@@ -258,6 +279,8 @@ PLANTED: tuple[Plant, ...] = (
     close_without_putting_children_back,
     retry_without_end,
     let_go_of_actors_that_are_writing,
+    hand_out_steps_in_the_order_asked_for,
+    let_losers_run_on,
 )
 
 
