@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 TOLD_SECONDS = 10.0
-"""In a calm world, an end is told within this much simulated time."""
+"""In a calm world, an end is told, and code is stopped by it, within this much simulated time."""
 
 
 def _flow_rows(world: World, key: int) -> FlowRows:
@@ -226,6 +226,19 @@ def check_nobody_waits_for_what_has_happened(world: World) -> None:
         )
 
 
+def check_no_code_outlives_its_flow(world: World) -> None:
+    """In a calm world, the code of a flow that has ended stops within seconds."""
+    long_ago = world.seconds - TOLD_SECONDS
+    if world.runtime is None or not world.is_calm or world.calm_since > long_ago:
+        return
+    for task_id in world.running:
+        log = world.model.flows[world.model.home[task_id]]
+        ended = log.first_position(lambda state: state.has_ended)
+        assert ended is None or world.model.entries[ended - 1].seconds > long_ago, (
+            f"{task_id} runs on, though its flow ended at position {ended}"
+        )
+
+
 def _end_awaited(world: World, call: Call) -> int | None:
     """The position of the end that a call waits for, if it is on disk."""
     if call.op == "result":
@@ -253,6 +266,7 @@ OF_A_WORLD = (
     check_i7_one_commit_at_a_time,
     check_i9_unanswered_calls_are_done_or_not_at_all,
     check_nobody_waits_for_what_has_happened,
+    check_no_code_outlives_its_flow,
 )
 
 

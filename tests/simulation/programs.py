@@ -193,17 +193,20 @@ def _kill_again_and_again(world: World, random: Random) -> int:
 
 
 def _sleep(world: World, random: Random) -> int:
-    """Nobody lives at the instant at which a requested cancel is due."""
-    create, cancel = (draw(random, op) for op in ("create_managed", "request_cancel"))
+    """Nobody lives at the instant at which a requested cancel is due; the flow has been changed since it was."""
+    create, cancel, update = (
+        draw(random, op) for op in ("create_managed", "request_cancel", "update")
+    )
     create[1].update(given=None, key=None, controller="shop/triage")
     cancel[1].update(flow=0, whose="own", revision="right")
-    for asked in (create, cancel):
+    update[1].update(flow=0, whose="own", revision="right", state="small")
+    for asked in (create, cancel, update):
         if world.is_up:
             world.call(asked)
     if world.is_up:
         world.kill()
     world.jump_clock(random.choice((30, 3600)))
-    return 2
+    return 3
 
 
 def _create_twice(world: World, random: Random) -> int:
@@ -264,11 +267,10 @@ def _look_closely(world: World, random: Random) -> int:
 
 
 def _await_the_end(world: World, random: Random) -> int:
-    """A flow that ends while callers begin to wait for that, on a disk that takes its time or does not answer."""
-    create, finish = (draw(random, op) for op in ("create_managed", "finish"))
-    create[1].update(given=None, key=None, controller="shop/triage")
+    """A flow with work under way ends while callers begin to wait for that, on a disk that is slow or fails."""
+    finish = draw(random, "finish")
     finish[1].update(flow=0, whose="own", revision="right", state="unset")
-    world.call(create)
+    _start_work(world, random, "hang")
     if not world.is_up:
         return 1
     world.set_faults(random.choice((CALM, FAULTS["fail_unknown"], FAULTS["fail_after"])))

@@ -36,6 +36,7 @@ def check(world: World, entry: Entry) -> None:
         check_all_attempts_were_made(world, flow, task, entry)
     elif entry.type == "task.started":
         check_it_is_not_done_twice(world, task, entry)
+        check_it_was_due(world, entry)
 
 
 def check_its_code_has_ended(world: World, entry: Entry) -> None:
@@ -64,6 +65,18 @@ def check_it_is_not_done_twice(world: World, task: TaskState, entry: Entry) -> N
     asked = asked_of(world, task)
     if asked is not None and asked.function == "fragile" and task.interruptions:
         raise Wrong(f"cut off, and done again: {entry}")
+
+
+def check_it_was_due(world: World, entry: Entry) -> None:
+    """A retry starts no earlier than planned; one that stands in line keeps its place if the clock is put back."""
+    log = world.model.flows[world.model.home[entry.task_id or ""]]
+    before = log.states[-2]
+    assert before is not None
+    task = before.tasks[entry.task_id or ""]
+    if task.due is None or task.due_since <= world.put_back_at:
+        return
+    if entry.event["at"] < task.due:
+        raise Wrong(f"it was not due before {task.due}: {entry}")
 
 
 def asked_of(world: World, task: TaskState) -> Asked | None:
