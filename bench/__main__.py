@@ -11,7 +11,17 @@ from typing import Final
 from bench import machine
 from bench.measure import Row, Setup, Stopwatch
 from bench.table import print_table
-from bench.workloads import children, lifecycles, mutations, parked, reopening, waking
+from bench.workloads import (
+    children,
+    crowd,
+    lifecycles,
+    mutations,
+    overhead,
+    parked,
+    reopening,
+    tree,
+    waking,
+)
 from flowstead.store.sqlite import Durability
 
 _WORKLOADS: Final[dict[str, Callable[[Setup], list[Row]]]] = {
@@ -21,6 +31,9 @@ _WORKLOADS: Final[dict[str, Callable[[Setup], list[Row]]]] = {
     "w4": reopening.run,
     "w5": parked.run,
     "w6": waking.run,
+    "w7": overhead.run,
+    "w8": crowd.run,
+    "w9": tree.run,
 }
 _DURABILITIES: Final[dict[str, tuple[Durability, ...]]] = {
     "full": ("full",),

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,39 @@ FLOW_ENDS = {
     "flow.succeeded": "succeeded",
     "flow.failed": "failed",
     "flow.cancelled": "cancelled",
+    "flow.lost": "lost",
 }
+MIRRORED = {
+    "queued": "queued",
+    "running": "running",
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "timed_out": "failed",
+    "cancelled": "cancelled",
+    "lost": "lost",
+}
+"""The status of a flow that follows a task, by the task's."""
+TURNS = {
+    "queued": {
+        "task.started": "running",
+        "task.retry_requested": "queued",
+        "task.ended": "ended",
+    },
+    "running": {
+        "task.started": "running",
+        "task.released": "queued",
+        "task.interrupted": "queued",
+        "task.retry_scheduled": "queued",
+        "task.review_requested": "in review",
+        "task.cancel_requested": "asked",
+        "task.ended": "ended",
+    },
+    "in review": {"task.retry_requested": "queued", "task.ended": "ended"},
+    "asked": {"task.kill_requested": "killed", "task.ended": "ended"},
+    "killed": {"task.kill_requested": "killed", "task.ended": "ended"},
+    "ended": {},
+}
+"""How a launched child may go on from where it stands. It may show progress wherever it has not ended."""
 LIVE = frozenset({"queued", "running", "waiting", "blocked"})
 ACTIVE = frozenset({"queued", "running"})
 TOLD_OF_FLOWS = (
@@ -35,16 +68,23 @@ TOLD_OF_FLOWS = (
     "blockedTaskId",
     "blockedSummary",
     "cancelRequestedAt",
+    "cancelStartedAt",
     "failure",
     "endedAt",
     "controllerId",
     "goal",
+    "parentTaskId",
+    "retryOf",
+    "rootId",
+    "depth",
 )
 TOLD_OF_TASKS = (
     "status",
     "attempt",
     "nextAttemptAt",
+    "reviewRequestedAt",
     "cancelRequestedAt",
+    "killRequestedAt",
     "progressSummary",
     "terminalSummary",
     "terminalOutcome",
@@ -52,7 +92,7 @@ TOLD_OF_TASKS = (
     "endedAt",
     "cleanupAfter",
 )
-USUAL = {"attempt": 0}
+USUAL = {"attempt": 0, "depth": 0}
 
 
 @dataclass
@@ -76,10 +116,16 @@ class TaskRows:
     row: dict[str, Any]
     doc: dict[str, Any]
     events: list[dict[str, Any]] = field(default_factory=list)
+    carried_from: TaskRows | None = None
+    """The child of an ended flow that this one repeats, where its flow goes on from that one."""
 
     @property
     def name(self) -> str:
         return f"task {self.row['task_id']}"
+
+    @property
+    def kinds(self) -> list[str]:
+        return [event["type"] for event in self.events]
 
 
 @dataclass
@@ -95,6 +141,24 @@ class File:
     @property
     def tasks(self) -> list[TaskRows]:
         return [task for flow in self.flows.values() for task in flow.tasks.values()]
+
+    def find(self, flow: FlowRows, flow_id: str) -> FlowRows | None:
+        """Another flow of the same owner."""
+        wanted = (flow.row["owner_key"], flow_id)
+        return self._by_id.get(wanted)
+
+    @cached_property
+    def parents(self) -> dict[str, tuple[FlowRows, TaskRows]]:
+        """Each child, with the flow above it, by its id."""
+        return {
+            task_id: (flow, task)
+            for flow in self.flows.values()
+            for task_id, task in flow.tasks.items()
+        }
+
+    @cached_property
+    def _by_id(self) -> dict[tuple[str, str], FlowRows]:
+        return {(f.row["owner_key"], f.row["flow_id"]): f for f in self.flows.values()}
 
 
 def connect(path: Path | str) -> sqlite3.Connection:
@@ -157,7 +221,24 @@ def _read(connection: sqlite3.Connection) -> File:
             assert task_id in flow.tasks, f"{where} is about {task_id}, no child of {flow.name}"
             flow.tasks[task_id].events.append(event)
     [ownership] = connection.execute("SELECT * FROM ownership").fetchall()
-    return File(flows, dict(ownership), positions, crcs)
+    file = File(flows, dict(ownership), positions, crcs)
+    for flow in flows.values():
+        _find_carried(file, flow)
+    return file
+
+
+def _find_carried(file: File, flow: FlowRows) -> None:
+    """Tell the children that a retried flow was made with by what they repeat."""
+    origin = file.find(flow, flow.doc.get("retryOf", ""))
+    if origin is None:
+        return
+    succeeded = {_origin(t): t for t in origin.tasks.values() if t.doc["status"] == "succeeded"}
+    for task in flow.tasks.values():
+        task.carried_from = succeeded.get(_origin(task))
+
+
+def _origin(task: TaskRows) -> tuple[Any, ...]:
+    return tuple(task.doc.get(name) for name in ("runId", "task", "createdAt", "endedAt"))
 
 
 def crc_of(row: dict[str, Any]) -> int:
@@ -199,7 +280,7 @@ def check_history_tells_the_flow(flow: FlowRows) -> None:
     """What the events say changed, taken together, is the stored record."""
     told = replay(flow.events, of="flow.")
     for name in TOLD_OF_FLOWS:
-        stored, said = flow.doc.get(name), told.get(name)
+        stored, said = flow.doc.get(name, USUAL.get(name)), told.get(name, USUAL.get(name))
         assert stored == said, f"{flow.name}: {name} is stored as {stored!r}, told as {said!r}"
 
 
@@ -239,10 +320,147 @@ def check_cancel_intent_is_kept(flow: FlowRows) -> None:
             "task.created",
             "task.started",
             "task.retry_scheduled",
+            "task.retry_requested",
+            "task.review_requested",
             "flow.waiting",
             "flow.blocked",
             "flow.resumed",
         ), f"{flow.name}: {event['type']} at seq {event['seq']}, after the cancel intent"
+
+
+def check_cancel_goes_by_rungs(flow: FlowRows) -> None:
+    """First the intent, then the demand, which reaches all that lives; nobody stands in line any more."""
+    doc = flow.doc
+    asked, started = doc.get("cancelRequestedAt"), doc.get("cancelStartedAt")
+    stamps = [e for e in flow.events if "cancelStartedAt" in e.get("changed", {})]
+    assert len(stamps) <= 1, f"{flow.name}: its cancel was started {len(stamps)} times"
+    assert (started is None) == (not stamps), f"{flow.name}: cancelStartedAt does not fit"
+    if started is not None:
+        assert asked is not None, f"{flow.name}: its cancel was started, but never requested"
+        assert started >= asked, f"{flow.name}: its cancel was started before it was requested"
+    final = doc.get("endedAt") is not None
+    for task in flow.tasks.values():
+        if task.doc.get("endedAt") is not None:
+            continue
+        stopped = task.doc.get("cancelRequestedAt") is not None
+        if started is not None or (final and task.row["launched"]):
+            assert stopped, f"{flow.name}: {task.name} lives on, and nobody has asked it to stop"
+        if asked is not None and task.kinds[-1] != "task.released":
+            assert task.doc["status"] == "running", (
+                f"{flow.name}: {task.name} is {task.doc['status']} after the cancel intent"
+            )
+
+
+def check_review_blocks(flow: FlowRows) -> None:
+    """A child that a person has to look at holds up its flow, and says so; it runs no code meanwhile."""
+    waiting = []
+    for task in flow.tasks.values():
+        told = task.kinds
+        turns = [kind for kind in told if kind != "task.progressed"]
+        in_review = task.doc.get("reviewRequestedAt") is not None
+        assert in_review == (turns[-1] == "task.review_requested"), (
+            f"{task.name}: reviewRequestedAt does not fit; its history is {told}"
+        )
+        if in_review:
+            waiting.append(task.row["task_id"])
+            assert task.doc["status"] == "queued", f"{task.name} is in review and runs"
+            assert task.doc.get("failure"), f"{task.name} is in review and did not fail"
+    if not waiting:
+        return
+    doc = flow.doc
+    assert doc["status"] == "blocked", (
+        f"{flow.name} is {doc['status']}, and {waiting} need a person's eyes"
+    )
+
+
+def check_retry_carries_all(file: File, flow: FlowRows) -> None:
+    """A flow that goes on from an ended one begins with all that had succeeded there, each once and as it was."""
+    wanted = flow.doc.get("retryOf")
+    if wanted is None:
+        return
+    origin = file.find(flow, wanted)
+    assert origin is not None, f"{flow.name} goes on from {wanted}, which is not there"
+    assert origin.doc["status"] in ("failed", "cancelled", "lost"), (
+        f"{flow.name} goes on from {wanted}, which is {origin.doc['status']}"
+    )
+    first = flow.events[0]
+    assert first["changed"].get("stateJson") == origin.doc.get("stateJson"), (
+        f"{flow.name} does not begin with the state {wanted} ended with"
+    )
+    carried = [task for task in flow.tasks.values() if task.carried_from is not None]
+    sources = Counter(t.carried_from.row["task_id"] for t in carried if t.carried_from is not None)
+    assert not sources or max(sources.values()) == 1, f"{flow.name} carries a child twice"
+    [end] = [event for event in origin.events if event["type"] in FLOW_ENDS]
+    for task in origin.tasks.values():
+        # Its own code has stopped before anything goes on from it; others may report for ever.
+        settled = task.row["launched"] or task.events[-1]["seq"] < end["seq"]
+        if task.doc["status"] == "succeeded" and settled:
+            assert sources[task.row["task_id"]] == 1, f"{flow.name} lacks {task.name} of {wanted}"
+    block = flow.events[1 : 1 + 2 * len(carried)]
+    told = {event["seq"] for task in carried for event in task.events}
+    assert {event["seq"] for event in block} == told, f"{flow.name}: carried children come first"
+    for task in carried:
+        assert task.kinds == ["task.created", "task.ended"], f"{task.name}: {task.kinds}"
+        assert task.carried_from is not None
+        for name in ("status", "inputJson", "resultJson", "label", "terminalSummary"):
+            here, there = task.doc.get(name), task.carried_from.doc.get(name)
+            assert here == there, f"{task.name}: {name} is {here!r}, and was {there!r}"
+
+
+def check_nested(file: File, flow: FlowRows) -> None:
+    """A nested flow has its child above it, which outlives it, and ends as it ended."""
+    parent_id = flow.doc.get("parentTaskId")
+    if parent_id is None:
+        return
+    assert parent_id in file.parents, f"{flow.name} stands under {parent_id}, which is not there"
+    above, parent = file.parents[parent_id]
+    assert above.row["owner_key"] == flow.row["owner_key"], f"{flow.name} stands under a stranger"
+    assert parent.doc.get("childFlowId") == flow.row["flow_id"], (
+        f"{flow.name}: the child above it stands for {parent.doc.get('childFlowId')}"
+    )
+    depth, root = above.doc.get("depth", 0) + 1, above.doc.get("rootId") or above.row["flow_id"]
+    assert flow.doc.get("depth", 0) == depth, f"{flow.name}: depth is {flow.doc.get('depth')}"
+    assert flow.doc.get("rootId") == root, f"{flow.name}: its root is {flow.doc.get('rootId')}"
+    ended, status = flow.doc.get("endedAt") is not None, parent.doc["status"]
+    if not ended:
+        assert status == "running", f"{flow.name} lives, and the child above it is {status}"
+        return
+    if status not in ACTIVE:
+        _check_nothing_lives_below(flow, parent)
+    if status == "succeeded":
+        assert flow.doc["status"] == "succeeded", (
+            f"{flow.name} is {flow.doc['status']}, and the child above it succeeded"
+        )
+        assert parent.doc.get("resultJson") == flow.doc.get("stateJson"), (
+            f"{flow.name}: the result above it is not its state"
+        )
+
+
+def _check_nothing_lives_below(flow: FlowRows, parent: TaskRows) -> None:
+    """What ran in a nested flow had come to its end before the child that stands for the flow."""
+    end = parent.events[-1]["position"]
+    for task in flow.tasks.values():
+        if task.row["launched"]:
+            ended = task.doc.get("endedAt") is not None
+            assert ended, f"{parent.name} has ended, and {task.name} lives on below it"
+            assert task.events[-1]["position"] < end, (
+                f"{task.name} ended after {parent.name} above it"
+            )
+
+
+def check_mirrored(flow: FlowRows) -> None:
+    """A flow made with its task has that one, and goes as it goes."""
+    if flow.doc["syncMode"] != "task_mirrored":
+        return
+    assert len(flow.tasks) == 1, f"{flow.name} follows one task, and has {len(flow.tasks)}"
+    [task] = flow.tasks.values()
+    allowed = {MIRRORED[task.doc["status"]]}
+    if task.doc.get("reviewRequestedAt") is not None:
+        allowed = {"blocked"}
+    elif task.doc.get("terminalOutcome") == "blocked":
+        allowed = {"blocked", "cancelled"}
+    status = flow.doc["status"]
+    assert status in allowed, f"{flow.name} is {status}, and its task {task.doc['status']}"
 
 
 def check_flow_columns(flow: FlowRows) -> None:
@@ -265,7 +483,8 @@ def check_flow_columns(flow: FlowRows) -> None:
     awaited = doc.get("endedAt") is None and doc.get("cancelRequestedAt") is not None
     assert (row["due_at"] is not None) == awaited, f"{flow.name}: due_at is {row['due_at']}"
     if awaited:
-        assert row["due_at"] >= doc["cancelRequestedAt"], f"{flow.name}: due before the intent"
+        stamp = doc.get("cancelStartedAt") or doc["cancelRequestedAt"]
+        assert row["due_at"] >= stamp, f"{flow.name}: due before the intent"
 
 
 def check_times_of_flow(flow: FlowRows) -> None:
@@ -293,11 +512,68 @@ def check_child_ends_once(task: TaskRows) -> None:
         assert kinds[-1] == "task.ended", f"{task.name}: after its end came {kinds[-1]}"
 
 
+def check_goes_by_the_table(task: TaskRows) -> None:
+    """A launched child is started, tried again, looked at and stopped in no other order than there is."""
+    if not task.row["launched"]:
+        return
+    stands, interruptions = "queued", 0
+    for event in task.events[1:]:
+        kind = event["type"]
+        if kind == "task.progressed" and stands != "ended":
+            continue
+        cut_off = stands == "running" and kind == "task.started"
+        interruptions += cut_off or kind == "task.interrupted"
+        after = TURNS[stands].get(kind)
+        assert after is not None, f"{task.name} was {stands}, and then came {kind}: {task.kinds}"
+        stands = after
+    doc = task.doc
+    assert doc.get("interruptions", 0) == interruptions, (
+        f"{task.name}: interrupted {interruptions} times, stored is {doc.get('interruptions', 0)}"
+    )
+    asked, killed = doc.get("cancelRequestedAt"), doc.get("killRequestedAt")
+    if killed is not None:
+        assert asked is not None, f"{task.name} was to be killed, but never asked to stop"
+        assert killed >= asked, f"{task.name} was to be killed before it was asked to stop"
+    failure = doc.get("failure") or {}
+    if (
+        failure.get("kind") == "abandoned" and doc["status"] != "timed_out"
+    ):  # at its deadline: in memory
+        assert doc["status"] == "cancelled", f"{task.name} is abandoned and {doc['status']}"
+        assert killed is not None, f"{task.name} was abandoned and never to be killed"
+
+
+def check_done_once(task: TaskRows) -> None:
+    """What must not be done twice is begun a second time only where a person wants it, or it had not begun."""
+    launch = task.doc.get("launch", {})
+    registered = launch.get("function") is not None or "spec" in launch
+    if launch.get("onRestart") != "lost":
+        return
+    assert not task.doc.get("interruptions", 0), f"{task.name} was started again after a crash"
+    if registered:
+        assert "task.retry_scheduled" not in task.kinds, f"{task.name} was tried again by itself"
+
+
+def check_deadlines(task: TaskRows) -> None:
+    """A child that was never started in time was never started, nor given up before its time."""
+    failure = task.doc.get("failure") or {}
+    if task.doc["status"] != "timed_out" or failure.get("code") != "queue":
+        return
+    assert "task.started" not in task.kinds, f"{task.name} waited too long, but was started"
+    waited = task.doc["endedAt"] - task.doc["createdAt"]
+    assert waited >= task.doc["queueTimeout"] * 1000 - 1, f"{task.name} waited {waited} ms only"
+
+
 def check_attempts(task: TaskRows) -> None:
-    """The attempt in the row is the number of starts, less those taken back by a clean shutdown."""
+    """The attempt in the row is the number of starts, less those taken back by a clean shutdown.
+
+    Without a person's word there are no more than were granted; those that a crash cut off do not count.
+    """
     kinds = Counter(event["type"] for event in task.events)
     attempt = task.doc.get("attempt", 0)
     if task.row["launched"]:
+        spent = attempt - task.doc.get("interruptions", 0)
+        granted = task.doc.get("maxAttempts", 1) + kinds["task.retry_requested"]
+        assert spent <= granted, f"{task.name}: {spent} attempts, where {granted} were granted"
         counted = kinds["task.started"] - kinds["task.released"]
         assert attempt == counted, f"{task.name}: attempt {attempt}, but started {counted} times"
         if task.doc["status"] == "running":
@@ -310,7 +586,8 @@ def check_attempts(task: TaskRows) -> None:
 def check_history_tells_the_child(task: TaskRows) -> None:
     """What the events say changed, taken together, is the stored record."""
     told = replay(task.events, of="task.")
-    for name in TOLD_OF_TASKS:
+    names = ("status", "endedAt") if task.carried_from is not None else TOLD_OF_TASKS
+    for name in names:
         stored, said = task.doc.get(name, USUAL.get(name)), told.get(name, USUAL.get(name))
         assert stored == said, f"{task.name}: {name} is stored as {stored!r}, told as {said!r}"
 
@@ -325,13 +602,33 @@ def check_task_columns(task: TaskRows, flow: FlowRows) -> None:
         ("run_id", "runId"),
         ("status", "status"),
         ("runtime", "runtime"),
-        ("due_at", "nextAttemptAt"),
     ):
         assert row[column] == doc.get(name), (
             f"{task.name}: column {column} is {row[column]!r}, the record has {doc.get(name)!r}"
         )
+    due_at, (earliest, latest) = row["due_at"], _due_between(task)
+    assert (due_at is not None) == (earliest is not None), f"{task.name}: due_at is {due_at}"
+    if due_at is not None:
+        assert earliest <= due_at <= latest, f"{task.name}: due_at is {due_at}, not {earliest}"
     assert bool(row["launched"]) == ("launch" in doc), f"{task.name}: launched does not fit"
     assert doc["flowId"] == flow.row["flow_id"], f"{task.name} says it is of {doc['flowId']}"
+
+
+def _due_between(task: TaskRows) -> tuple[Any, Any]:
+    """Between which instants the child's next tick lies; how long rungs take is the runtime's secret."""
+    doc, never = task.doc, (None, None)
+    if doc["status"] not in ACTIVE or "launch" not in doc or "reviewRequestedAt" in doc:
+        return never
+    if doc["status"] == "queued":
+        if (at := doc.get("nextAttemptAt")) is not None:
+            return at, at
+        if doc.get("queueTimeout") is None or doc.get("startedAt") is not None:
+            return never
+        at = doc["createdAt"] + round(doc["queueTimeout"] * 1000)
+        return at, at
+    if doc.get("cancelRequestedAt") is None or doc.get("childFlowId") is not None:
+        return never
+    return doc.get("killRequestedAt") or doc["cancelRequestedAt"], 2**63
 
 
 # ---- the file -------------------------------------------------------------------------------------
@@ -371,9 +668,14 @@ def check_crcs(file: File) -> None:
 
 def check_names(file: File) -> None:
     """Ids, idempotency keys and run ids name one thing each."""
-    ids = Counter((f.row["owner_key"], f.row["flow_id"]) for f in file.flows.values())
-    twice = [name for name, count in ids.items() if count > 1]
-    assert not twice, f"several flows are called {twice}"
+    for column in ("flow_id", "idempotency_key"):
+        ids = Counter(
+            (f.row["owner_key"], f.row[column])
+            for f in file.flows.values()
+            if f.row[column] is not None
+        )
+        twice = [name for name, count in ids.items() if count > 1]
+        assert not twice, f"several flows are called {twice}"
     for flow in file.flows.values():
         runs = Counter(t.row["run_id"] for t in flow.tasks.values() if t.row["run_id"] is not None)
         twice_run = [name for name, count in runs.items() if count > 1]
@@ -394,15 +696,25 @@ OF_A_FLOW: tuple[Callable[[FlowRows], None], ...] = (
     check_history_tells_the_flow,
     check_end_is_final,
     check_cancel_intent_is_kept,
+    check_cancel_goes_by_rungs,
+    check_review_blocks,
+    check_mirrored,
     check_flow_columns,
     check_times_of_flow,
 )
 OF_A_TASK: tuple[Callable[[TaskRows], None], ...] = (
     check_child_ends_once,
+    check_goes_by_the_table,
+    check_done_once,
+    check_deadlines,
     check_attempts,
     check_history_tells_the_child,
 )
 OF_A_FILE: tuple[Callable[[File], None], ...] = (check_positions, check_ownership, check_names)
+OF_FLOWS_TOGETHER: tuple[Callable[[File, FlowRows], None], ...] = (
+    check_retry_carries_all,
+    check_nested,
+)
 OF_EVERY_ROW: tuple[Callable[[File], None], ...] = (check_totals, check_crcs)
 
 
@@ -423,6 +735,9 @@ def check_all(path: Path | str) -> File:
             for check_task in OF_A_TASK:
                 check_task(task)
             check_task_columns(task, flow)
+    for flow in file.flows.values():
+        for check_together in OF_FLOWS_TOGETHER:
+            check_together(file, flow)
     # Last, because whatever else is wrong is said more plainly above.
     for check_rows in OF_EVERY_ROW:
         check_rows(file)

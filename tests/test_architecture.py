@@ -16,6 +16,7 @@ PURE_MAY_IMPORT = {
     "__future__",
     "collections",
     "enum",
+    "builtins",
     "math",
     "msgspec",
     "typing",

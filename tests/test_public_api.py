@@ -38,6 +38,13 @@ PROMISED = {
     "Cancelled",
     "Lost",
     "UNSET",
+    "Category",
+    "Command",
+    "Nested",
+    "Process",
+    "Settlement",
+    "TaskCancelReport",
+    "TaskRetryReport",
 }
 
 ERRORS = {
@@ -59,7 +66,17 @@ ERRORS = {
     "ChildFailed": "ChildError",
     "ChildTimedOut": "ChildError",
     "ChildCancelled": "ChildError",
+    "TaskNotRetryable": "RefusedError",
+    "LimitReached": "RefusedError",
 }
+
+SIGNALS = {
+    "TaskSignal": "Exception",
+    "Transient": "TaskSignal",
+    "Fatal": "TaskSignal",
+    "NeedsReview": "TaskSignal",
+}
+"""What children raise: a family of its own, so that no `except FlowError` in a child swallows it."""
 
 REQUIRED: Any = inspect.Parameter.empty
 UNSET = flowstead.UNSET
@@ -94,7 +111,7 @@ LEDGER: dict[str, tuple[list[str], dict[str, Any]]] = {
             "after": None,
         },
     ),
-    "get_task_summary": (["flow_id"], {}),
+    "get_task_summary": (["flow_id"], {"nested": False}),
     "run_task": (
         [],
         {
@@ -110,7 +127,33 @@ LEDGER: dict[str, tuple[list[str], dict[str, Any]]] = {
             "started_at": None,
             "last_event_at": None,
             "timeout": None,
+            "idle_timeout": None,
+            "queue_timeout": None,
             "retry": None,
+            "idempotent": None,
+        },
+    ),
+    "spawn_detached": (
+        [],
+        {
+            "task": REQUIRED,
+            "runtime": None,
+            "run": None,
+            "goal": None,
+            "input_json": UNSET,
+            "run_id": None,
+            "child_session_key": None,
+            "label": None,
+            "correlation_id": None,
+            "notify_policy": "done_only",
+            "status": "queued",
+            "started_at": None,
+            "last_event_at": None,
+            "timeout": None,
+            "idle_timeout": None,
+            "queue_timeout": None,
+            "retry": None,
+            "idempotent": None,
         },
     ),
     "get_task": (["task_id"], {}),
@@ -123,7 +166,9 @@ LEDGER: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"result_json": (None, UNSET), "terminal_summary": None, "terminal_outcome": None},
     ),
     "fail_task": (["task_id"], {"error": REQUIRED, "status": "failed"}),
-    "cancel_task": (["task_id"], {}),
+    "cancel_task": (["task_id"], {"grace": 5.0}),
+    "retry_task": (["task_id"], {"input_json": UNSET}),
+    "retry_flow": (["flow_id"], {}),
     "set_waiting": (
         [],
         {
@@ -183,9 +228,16 @@ LEDGER: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 """Each method: its leading positional parameters, and its keyword-only ones with their defaults."""
 
+POLICY = {
+    "timeout": None,
+    "idle_timeout": None,
+    "queue_timeout": None,
+    "retry": None,
+    "idempotent": None,
+}
 STEPS = {
-    "run": {"name": None, "timeout": None, "retry": None, "fallback": ()},
-    "start": {"name": None, "timeout": None, "retry": None},
+    "run": {"name": None, **POLICY, "fallback": ()},
+    "start": {"name": None, **POLICY},
     "gather": {"return_outcomes": False},
     "first": {},
     "map": {"name": None, "limit": None, "return_outcomes": False},
@@ -237,15 +289,15 @@ def test_every_name_is_there_and_nothing_else_is_public() -> None:
 
 
 def test_what_was_promised_is_there() -> None:
-    assert set(flowstead.__all__) >= PROMISED | ERRORS.keys()
+    assert set(flowstead.__all__) >= PROMISED | ERRORS.keys() | SIGNALS.keys()
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("name", ERRORS | SIGNALS)
 def test_an_error_has_its_place_in_the_tree(name: str) -> None:
     error = getattr(flowstead, name)
 
     assert issubclass(error, Exception)
-    assert error.__bases__[0].__name__ == ERRORS[name]
+    assert error.__bases__[0].__name__ == (ERRORS | SIGNALS)[name]
 
 
 def test_every_error_is_exported_and_part_of_the_tree() -> None:
@@ -257,7 +309,13 @@ def test_every_error_is_exported_and_part_of_the_tree() -> None:
         if inspect.isclass(value) and issubclass(value, BaseException)
     }
 
-    assert all(issubclass(value, flowstead.FlowError) for value in defined.values())
+    signals = {name for name, value in defined.items() if issubclass(value, errors.TaskSignal)}
+    assert signals == SIGNALS.keys()
+    assert all(
+        issubclass(value, flowstead.FlowError)
+        for name, value in defined.items()
+        if name not in signals
+    )
     assert defined.keys() - {"WriteConflict"} <= set(flowstead.__all__)
 
 
@@ -347,7 +405,17 @@ def test_a_session_is_bound_by_keywords() -> None:
 def test_a_task_is_registered_with_its_policy() -> None:
     keywords = _keywords(Registry.task)
 
-    assert {"timeout", "retry"} <= keywords.keys()
+    assert keywords == {
+        "name": None,
+        "timeout": None,
+        "idle_timeout": None,
+        "queue_timeout": None,
+        "retry": None,
+        "classify": None,
+        "idempotent": True,
+        "concurrency": None,
+        "executor": "code",
+    }
 
 
 # ---- docstrings -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ registry = flowstead.Registry()
 REPORT = Path("report.txt")
 
 
-@registry.task(timeout=30, retry=flowstead.Retry())
+@registry.task(timeout=30, retry=flowstead.Retry(initial=0.05))
 async def look_into(ctx: flowstead.TaskContext, name: str) -> dict[str, Any]:
     def read() -> dict[str, Any]:
         package = metadata.distribution(name)

@@ -8,8 +8,8 @@ import flowstead
 Slice = dict[str, Any]
 registry = flowstead.Registry()
 TICKETS: list[Slice] = [
-    {"id": "T-1", "text": "I was charged twice", "invoices": [42, 42], "log": "ok", "card": "4111"},
-    {"id": "T-2", "text": "It crashes", "invoices": [9], "log": "no space left", "card": "5500"},
+    {"id": "T-1", "text": "charged twice", "invoices": [42, 42], "log": "ok", "card": "4111-1"},
+    {"id": "T-2", "text": "It crashes", "invoices": [9], "log": "no space left", "card": "5500-0"},
 ]
 SLICES = {"billing": ["id", "invoices"], "technical": ["id", "log"]}
 

@@ -11,13 +11,16 @@ from flowstead.errors import (
     ChildLost,
     ChildTimedOut,
     CommitFailed,
+    Fatal,
     FlowError,
     FlowExists,
     FlowNotFound,
     FlowNotManaged,
     IllegalTransition,
     InvalidState,
+    LimitReached,
     MailboxFull,
+    NeedsReview,
     OutcomeUnknown,
     RefusedError,
     RevisionConflict,
@@ -28,12 +31,16 @@ from flowstead.errors import (
     StoreInUse,
     StoreUnusable,
     TaskNotLinked,
+    TaskNotRetryable,
+    TaskSignal,
+    Transient,
     Unavailable,
 )
+from flowstead.executors import Call, Command, Executor, Process, SyncContext, TaskInfo
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow
 from flowstead.model.limits import Limits
-from flowstead.model.retry import Retry
+from flowstead.model.retry import Category, Retry
 from flowstead.model.task import (
     Cancelled,
     Failed,
@@ -43,6 +50,7 @@ from flowstead.model.task import (
     TaskSummary,
     TimedOut,
 )
+from flowstead.nested import Nested
 from flowstead.registry import Registry
 from flowstead.results import (
     Applied,
@@ -51,27 +59,34 @@ from flowstead.results import (
     Refused,
     Rejected,
     TaskCancelReport,
+    TaskRetryReport,
 )
 from flowstead.runtime import Runtime, open_runtime
 from flowstead.session import SessionFlows
+from flowstead.settlement import Settlement
 from flowstead.step import Step
 from flowstead.task_context import TaskContext
 
 __all__ = [
     "UNSET",
     "Applied",
+    "Call",
     "CancelPending",
     "CancelReport",
     "Cancelled",
+    "Category",
     "ChildCancelled",
     "ChildError",
     "ChildFailed",
     "ChildLost",
     "ChildTimedOut",
+    "Command",
     "CommitFailed",
     "Created",
     "Event",
+    "Executor",
     "Failed",
+    "Fatal",
     "Flow",
     "FlowContext",
     "FlowError",
@@ -80,10 +95,14 @@ __all__ = [
     "FlowNotManaged",
     "IllegalTransition",
     "InvalidState",
+    "LimitReached",
     "Limits",
     "Lost",
     "MailboxFull",
+    "NeedsReview",
+    "Nested",
     "OutcomeUnknown",
+    "Process",
     "Refused",
     "RefusedError",
     "Registry",
@@ -93,6 +112,7 @@ __all__ = [
     "Runtime",
     "RuntimeClosed",
     "SessionFlows",
+    "Settlement",
     "SnapshotUnreadable",
     "StateTooLarge",
     "Step",
@@ -100,12 +120,18 @@ __all__ = [
     "StoreInUse",
     "StoreUnusable",
     "Succeeded",
+    "SyncContext",
     "Task",
     "TaskCancelReport",
     "TaskContext",
+    "TaskInfo",
     "TaskNotLinked",
+    "TaskNotRetryable",
+    "TaskRetryReport",
+    "TaskSignal",
     "TaskSummary",
     "TimedOut",
+    "Transient",
     "Unavailable",
     "open_runtime",
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from flowstead.core import Core
-from flowstead.scoped import ScopedFlows
 from flowstead.store.port import EVERYONE, Unreadable
+from flowstead.verbs import ScopedVerbs
 
 
-class Admin(ScopedFlows):
+class Admin(ScopedVerbs):
     """The reads and cancels of a session, unscoped, and what only operators need.
 
     Where several owners use the same flow id, a flow id stands for the newest of them.
@@ -30,3 +30,10 @@ class Admin(ScopedFlows):
         As found when the runtime was opened; empty without a registry. Their flows stay as they are.
         """
         return dict(self._core.enter().unregistered)
+
+    def unregistered_tasks(self) -> list[str]:
+        """Task functions and executors that children wait for and this runtime has no code for, by name.
+
+        As met so far; their children stay as they are.
+        """
+        return sorted(self._core.enter().unregistered_tasks)

@@ -138,6 +138,19 @@ def retry(value: object) -> Retry | None:
     return value
 
 
+def retry_once_or_more(value: object, *, idempotent: bool) -> Retry | None:
+    """A retry policy, or None; no second attempt for what must not be done twice."""
+    found = retry(value)
+    if found is not None and found.max_attempts > 1 and not idempotent:
+        raise ValueError("idempotent=False allows no second attempt; leave retry out.")
+    return found
+
+
+def optional_count(value: object, name: str) -> int | None:
+    """A whole number, 1 or more, or None."""
+    return None if value is None else count(value, name)
+
+
 def count(value: object, name: str) -> int:
     """A whole number, 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool):

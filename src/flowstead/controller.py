@@ -19,7 +19,7 @@ from msgspec import UNSET, UnsetType
 from flowstead import arguments
 from flowstead.engine.engine import Engine
 from flowstead.engine.mailbox import Reply
-from flowstead.functions import Functions
+from flowstead.functions import Functions, Policy, Runnable
 from flowstead.model.code import Code
 from flowstead.model.command import (
     Command,
@@ -90,23 +90,29 @@ class FlowContext:
 
     async def run(
         self,
-        function: str | Callable[..., Awaitable[Json]],
+        function: Runnable,
         input: Json = None,
         *,
         name: str | None = None,
         timeout: float | None = None,
+        idle_timeout: float | None = None,
+        queue_timeout: float | None = None,
         retry: Retry | None = None,
-        fallback: Sequence[str | Callable[..., Awaitable[Json]]] = (),
+        idempotent: bool | None = None,
+        fallback: Sequence[Runnable] = (),
     ) -> Json:
         """Run one child and return its result; answer from the record if it has run before.
 
         Args:
-            function: A registered task, its name, or any `async def fn(ctx, input)`.
+            function: A registered task, its name, any function of (ctx, input), or a spec: `Command`, `Process`,
+                `Nested`, or what a registered executor takes.
             input: JSON handed to the function. A recorded step ignores it.
             name: The step's name in this flow. Unless given: the function's name, with `#2` and so on for
                 later calls; give one where the order of calls may differ from run to run.
-            timeout: Seconds an attempt may take, instead of the task's own.
+            timeout, idle_timeout, queue_timeout: Seconds an attempt may take, or go without a sign of life, or
+                the child may wait for its first start, instead of the task's own.
             retry: How failures are tried again, instead of the task's own.
+            idempotent: False for what must not be done twice, instead of what the task says.
             fallback: What to run with the same input instead, one after another, once the one before has failed,
                 timed out or got lost for good; each under its own policy, as the step `name/fallback-1` and so
                 on. A child that somebody cancelled is not replaced.
@@ -117,9 +123,16 @@ class FlowContext:
 
         Cancelling the wait leaves the child running; it ends with the flow at the latest.
         """
-        if isinstance(fallback, str):
-            raise TypeError("fallback must be a sequence of functions or names, not one string.")
-        definitions = [self._steps.define(function, timeout=timeout, retry=retry)]
+        if isinstance(fallback, str) or not isinstance(fallback, Sequence):
+            raise TypeError("fallback must be a sequence of functions or names, not one of them.")
+        policy = Policy(
+            timeout=timeout,
+            idle_timeout=idle_timeout,
+            queue_timeout=queue_timeout,
+            retry=retry,
+            idempotent=idempotent,
+        )
+        definitions = [self._steps.define(function, policy)]
         definitions += [self._steps.define(other) for other in fallback]
         step = self._steps.name(name, definitions[0].name)
         for place, definition in enumerate(definitions):
@@ -132,12 +145,15 @@ class FlowContext:
 
     async def start(
         self,
-        function: str | Callable[..., Awaitable[Json]],
+        function: Runnable,
         input: Json = None,
         *,
         name: str | None = None,
         timeout: float | None = None,
+        idle_timeout: float | None = None,
+        queue_timeout: float | None = None,
         retry: Retry | None = None,
+        idempotent: bool | None = None,
     ) -> Step:
         """Begin one child and go on beside it; the same step again is the same child.
 
@@ -148,7 +164,14 @@ class FlowContext:
 
         Cancelling the caller after acceptance leaves the child running; it ends with the flow at the latest.
         """
-        definition = self._steps.define(function, timeout=timeout, retry=retry)
+        policy = Policy(
+            timeout=timeout,
+            idle_timeout=idle_timeout,
+            queue_timeout=queue_timeout,
+            retry=retry,
+            idempotent=idempotent,
+        )
+        definition = self._steps.define(function, policy)
         named = self._steps.name(name, definition.name)
         drafts = [self._steps.draft(definition, named, input)]
         [begun] = await self._steps.begin(drafts, definition)
@@ -202,7 +225,7 @@ class FlowContext:
 
     async def map(
         self,
-        function: str | Callable[..., Awaitable[Json]],
+        function: Runnable,
         inputs: Iterable[Json],
         *,
         name: str | None = None,
@@ -214,7 +237,7 @@ class FlowContext:
         All children are seen to their end, whatever becomes of their siblings.
 
         Args:
-            function: A registered task, its name, or any `async def fn(ctx, input)`.
+            function: What to run, as for `run`.
             inputs: One JSON value for each child; the child's step is `name[index]`.
             name: The step's name in this flow, by default the function's.
             limit: Most children of this step running at once; the runtime's usual limit unless given.
@@ -327,10 +350,10 @@ class FlowContext:
             if (
                 reply.refusal.code is not Code.REVISION_CONFLICT
                 or reply.doc is None
-                or not _differ_by_intent_only(self._doc, reply.doc)
+                or not _differ_by_standing_only(self._doc, reply.doc)
             ):
                 raise_refusal(reply.refusal, current)
-            # Somebody asked for a cancel meanwhile; what this controller knows of its flow still holds.
+            # What this controller knows of its flow still holds.
             self._know(reply.doc)
 
     def _note(self, asked: asyncio.Future[Reply]) -> None:
@@ -355,11 +378,20 @@ class FlowContext:
         )
 
 
-def _differ_by_intent_only(mine: bytes, current: bytes) -> bool:
+def _differ_by_standing_only(mine: bytes, current: bytes) -> bool:
+    """Whether all that has happened to the flow is what the runtime or its owner do to any flow.
+
+    It was asked to cancel, or blocked by a child a person had to look at, and let go on. What the controller
+    itself has written stands.
+    """
     known, now = codec.read_flow(mine), codec.read_flow(current)
     return now == msgspec.structs.replace(
         known,
         revision=now.revision,
+        status=now.status,
+        blocked_task_id=now.blocked_task_id,
+        blocked_summary=now.blocked_summary,
         updated_at=now.updated_at,
         cancel_requested_at=now.cancel_requested_at,
+        cancel_started_at=now.cancel_started_at,
     )

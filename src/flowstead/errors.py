@@ -3,11 +3,15 @@
     FlowError
     ├── RefusedError      nothing changed        FlowNotFound FlowExists FlowNotManaged RevisionConflict
     │                                            IllegalTransition CancelPending InvalidState StateTooLarge
-    │                                            TaskNotLinked
+    │                                            TaskNotLinked TaskNotRetryable LimitReached
     ├── Unavailable       safe to retry          MailboxFull RuntimeClosed
     ├── StoreError        reloaded from disk     CommitFailed (WriteConflict) OutcomeUnknown SnapshotUnreadable
     │                                            StoreInUse StoreUnusable
     └── ChildError        a child's outcome      ChildFailed ChildTimedOut ChildCancelled ChildLost
+
+What a child raises to say how its failure is to be taken is a family of its own: `TaskSignal`.
+
+    TaskSignal            raised by children     Transient Fatal NeedsReview
 
 Misuse (a blank controller, a wrong type, a misspelt status) stays `ValueError` or `TypeError`. Cancellation
 is never translated. All of these survive pickling: they are built from positional facts, kept as attributes.
@@ -67,6 +71,14 @@ class InvalidState(RefusedError):
 
 class StateTooLarge(RefusedError):
     """A value over the size limit."""
+
+
+class LimitReached(RefusedError):
+    """A bound that waiting does not move: flows are nested too deep."""
+
+
+class TaskNotRetryable(RefusedError):
+    """There is nothing to retry: it runs, it has succeeded, or somebody else runs it."""
 
 
 class TaskNotLinked(RefusedError):
@@ -190,3 +202,34 @@ class ChildLost(ChildError):
     """Nobody knows how the child ended."""
 
     _ended = "was lost"
+
+
+class TaskSignal(Exception):
+    """What a child's code raises to say of its own failure what should be done about it."""
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        if type(self) is TaskSignal:
+            raise TypeError(
+                "raise Transient, Fatal or NeedsReview; TaskSignal is what they have in common."
+            )
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_signal, (type(self), str(self), self.retry_after))
+
+
+class Transient(TaskSignal):
+    """It may work next time: another attempt, if the policy leaves one, after `retry_after` seconds at least."""
+
+
+class Fatal(TaskSignal):
+    """It will never work: no other attempt."""
+
+
+class NeedsReview(TaskSignal):
+    """A person has to look at it: the flow is blocked with this message until somebody answers."""
+
+
+def _signal(kind: type[TaskSignal], message: str, retry_after: float | None) -> TaskSignal:
+    return kind(message, retry_after=retry_after)

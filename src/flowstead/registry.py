@@ -10,10 +10,12 @@ import msgspec
 from flowstead import arguments
 from flowstead.model.flow import Json
 from flowstead.model.retry import Retry
-from flowstead.model.task import OnRestart
+from flowstead.model.task import CODE
+from flowstead.rules.classify import Classify
 
 if TYPE_CHECKING:
     from flowstead.controller import FlowContext
+    from flowstead.executors.port import Executor
     from flowstead.task_context import TaskContext
 
     TaskFunction: TypeAlias = Callable[[TaskContext, Any], Awaitable[Json]]
@@ -23,13 +25,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class TaskDefinition(msgspec.Struct, frozen=True, kw_only=True):
-    """A task function with the policy it runs under."""
+    """What a child runs, and the policy it runs under: a function, or a `spec` that its executor understands."""
 
     name: str
-    function: Callable[..., Awaitable[Json]]
+    function: Callable[..., Any] | None = None
+    executor: str = CODE
+    spec: msgspec.Struct | None = None
     timeout: float | None = None
+    idle_timeout: float | None = None
+    queue_timeout: float | None = None
     retry: Retry | None = None
-    on_restart: OnRestart = OnRestart.RETRY
+    classify: Classify | None = None
+    idempotent: bool = True
+    concurrency: int | None = None
 
 
 class Registry:
@@ -41,6 +49,7 @@ class Registry:
     def __init__(self) -> None:
         self.tasks: dict[str, TaskDefinition] = {}
         self.controllers: dict[str, ControllerFunction] = {}
+        self.executors: dict[str, Executor] = {}
         self._by_function: dict[Callable[..., Any], TaskDefinition] = {}
 
     @overload
@@ -52,8 +61,13 @@ class Registry:
         *,
         name: str | None = None,
         timeout: float | None = None,
+        idle_timeout: float | None = None,
+        queue_timeout: float | None = None,
         retry: Retry | None = None,
-        on_restart: str = "retry",
+        classify: Classify | None = None,
+        idempotent: bool = True,
+        concurrency: int | None = None,
+        executor: str = CODE,
     ) -> Callable[[F], F]: ...
 
     def task(
@@ -62,18 +76,28 @@ class Registry:
         *,
         name: str | None = None,
         timeout: float | None = None,
+        idle_timeout: float | None = None,
+        queue_timeout: float | None = None,
         retry: Retry | None = None,
-        on_restart: str = "retry",
+        classify: Classify | None = None,
+        idempotent: bool = True,
+        concurrency: int | None = None,
+        executor: str = CODE,
     ) -> F | Callable[[F], F]:
         """Register `async def fn(ctx: TaskContext, input) -> Json` as a task. Use as a decorator.
 
         Args:
-            function: The function, where the decorator is used without arguments.
+            function: The function, where the decorator is used without arguments. A plain `def` runs in a thread.
             name: What it is called in records; the function's own name unless given. Keep it stable.
             timeout: Seconds an attempt may take before it is stopped and counts as timed out.
+            idle_timeout: Seconds an attempt may go without `ctx.progress` or `ctx.heartbeat`.
+            queue_timeout: Seconds a child may wait for its first start; then it ends as timed out.
             retry: How failures and time-outs are tried again; not at all unless given.
-            on_restart: `retry` starts a child again whose process died before its outcome was recorded;
-                `lost` ends it as lost instead, for work that must not be done twice.
+            classify: Answers the category of an exception, or None to leave it to the usual rules.
+            idempotent: False for work that must not be done twice: never a second attempt by itself, and `lost`
+                as the outcome where a crash leaves it unknown.
+            concurrency: Most children of this task running at once in the whole runtime.
+            executor: What runs the function: `code`, `process`, or the name of one that was registered.
 
         Raises:
             ValueError: The name is taken, or an argument makes no sense.
@@ -84,9 +108,14 @@ class Registry:
             definition = TaskDefinition(
                 name=arguments.text(given, "name"),
                 function=function,
+                executor=arguments.text(executor, "executor"),
                 timeout=arguments.seconds(timeout, "timeout"),
-                retry=arguments.retry(retry),
-                on_restart=arguments.choice(on_restart, OnRestart, "on_restart"),
+                idle_timeout=arguments.seconds(idle_timeout, "idle_timeout"),
+                queue_timeout=arguments.seconds(queue_timeout, "queue_timeout"),
+                retry=arguments.retry_once_or_more(retry, idempotent=idempotent),
+                classify=classify,
+                idempotent=idempotent,
+                concurrency=arguments.optional_count(concurrency, "concurrency"),
             )
             if definition.name in self.tasks:
                 raise ValueError(f"a task named {definition.name!r} is already registered.")
@@ -108,6 +137,17 @@ class Registry:
 
         return register
 
+    def executor(self, executor: Executor) -> Executor:
+        """Register something that runs children: by its name in `task(executor=…)`, or by the spec it takes.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        if executor.name in self.executors:
+            raise ValueError(f"an executor named {executor.name!r} is already registered.")
+        self.executors[executor.name] = executor
+        return executor
+
     def replaced(self, replace: Callable[[TaskDefinition], TaskDefinition]) -> Registry:
         """A registry with the same controllers whose tasks are what `replace` makes of them, for tests.
 
@@ -115,11 +155,17 @@ class Registry:
         """
         registry = Registry()
         registry.controllers = dict(self.controllers)
+        registry.executors = dict(self.executors)
         registry.tasks = {name: replace(task) for name, task in self.tasks.items()}
         registry._by_function = {
             function: registry.tasks[task.name] for function, task in self._by_function.items()
         }
         return registry
+
+    def concurrency_of(self, name: str) -> int | None:
+        """Most children of a task running at once, if it has a limit of its own."""
+        task = self.tasks.get(name)
+        return None if task is None else task.concurrency
 
     def definition_of(self, run: str | Callable[..., Any]) -> TaskDefinition | None:
         """The definition behind a name or a registered function; None for a function nobody registered.

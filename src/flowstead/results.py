@@ -10,6 +10,7 @@ from flowstead import errors
 from flowstead.model.code import Code, Refusal
 from flowstead.model.flow import Flow
 from flowstead.model.task import Task
+from flowstead.settlement import Settlement
 
 _ERRORS: Final[dict[Code, Any]] = {
     Code.NOT_FOUND: errors.FlowNotFound,
@@ -23,6 +24,9 @@ _ERRORS: Final[dict[Code, Any]] = {
     Code.DUPLICATE: errors.FlowExists,
     Code.FLOW_EXISTS: errors.FlowExists,
     Code.NOT_LINKED: errors.TaskNotLinked,
+    Code.NOT_RETRYABLE: errors.TaskNotRetryable,
+    Code.LIMIT_REACHED: errors.LimitReached,
+    Code.ABANDONED: errors.CancelPending,
     Code.OVERLOADED: errors.MailboxFull,
     Code.PERSIST_FAILED: errors.CommitFailed,
     Code.OUTCOME_UNKNOWN: errors.OutcomeUnknown,
@@ -128,7 +132,9 @@ class CancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What `cancel` achieved. `cancelled` means: ended as cancelled, and no code of the flow runs here.
 
     With code `cancel_pending` the intent stands and `tasks` are the children still active; the flow ends when
-    they do. Otherwise `tasks` are all children.
+    they do. With `abandoned` the flow is cancelled, but code that would not stop was given up and may still run.
+    Otherwise `tasks` are all children. `descendants` has a line for each child, however deep, that was alive
+    when the cancel began: how it ended, or why it has not, and when.
 
     Work that a child has put behind `asyncio.shield`, `asyncio.create_task` or an executor of its own is out of
     the runtime's sight. Task groups, shielded scopes and `anyio.to_thread` are not.
@@ -140,6 +146,16 @@ class CancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     reason: str | None = None
     flow: Flow | None = None
     tasks: list[Task] = []
+    descendants: list[Settlement] = []
+
+
+class TaskRetryReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What `retry_task` achieved. `task` is the child as it is now."""
+
+    found: bool
+    retried: bool
+    reason: str | None = None
+    task: Task | None = None
 
 
 class TaskCancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -152,7 +152,7 @@ class Runtime:
         self._is_spent = False
         self._name = store.name
         self._takeover = takeover
-        self._code = CodeSource(registry)
+        self._code = CodeSource(registry, limits)
         self._engine = Engine(
             store,
             clock=clock,
@@ -161,6 +161,9 @@ class Runtime:
             door=self._code,
             controllers=registry.controllers,
             functions=registry.tasks,
+            most_of=registry.concurrency_of,
+            # Where time is not the system's, what holds up the loop does not take any.
+            watch_loop=isinstance(clock, SystemClock),
         )
         self._code.attach(self._engine)
         self._opened_at = _caller()
@@ -239,9 +242,15 @@ class Runtime:
         if self._closing is None:
             self._core.close(f"The runtime on {self._name} is closed. Open another one.")
             self._engine.begin_closing()
-            self._closing = asyncio.create_task(self._engine.aclose(), name="flowstead closing")
+            self._closing = asyncio.create_task(self._close(), name="flowstead closing")
         with anyio.CancelScope(shield=True):
             await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            await self._engine.aclose()
+        finally:
+            await self._code.aclose()
 
     def __del__(self) -> None:
         if self._core is not None and self._closing is None:

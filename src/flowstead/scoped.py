@@ -1,4 +1,4 @@
-"""Flows within one scope: reads, waits for ends, and cancels, the same for an owner and for an operator.
+"""Flows within one scope: reads and waits for ends, the same for an owner and for an operator.
 
 The scope is part of every query, so a face bound to one owner cannot find anything else; the operator's face
 is the same code with everybody in scope.
@@ -6,23 +6,17 @@ is the same code with everybody in scope.
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 from collections.abc import Iterable
 from typing import Final
 
 from flowstead import arguments
 from flowstead.core import Core
-from flowstead.engine.engine import Engine
 from flowstead.engine.feed import Watcher
-from flowstead.engine.mailbox import Reply
-from flowstead.log import get_logger
-from flowstead.model.code import CANCEL_PENDING, TASK_NOT_FOUND, Code
-from flowstead.model.command import Cancel, CancelTask
+from flowstead.model.code import TASK_NOT_FOUND, Code
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow, FlowKey, FlowStatus, has_ended
 from flowstead.model.task import (
-    ACTIVE_TASK_STATUSES,
     Outcome,
     Task,
     TaskStatus,
@@ -30,17 +24,17 @@ from flowstead.model.task import (
     is_active,
     outcome_of,
 )
-from flowstead.results import CancelReport, TaskCancelReport, error_for
+from flowstead.results import error_for
+from flowstead.settlement import flows_below
 from flowstead.store import codec
 from flowstead.store.port import FlowQuery, Scope
-
-log = get_logger(__name__)
+from flowstead.store.summary import add_up
 
 _SHORTEST_PREFIX: Final = 4
 
 
 class ScopedFlows:
-    """Reads, waits and cancels within one scope."""
+    """Reads and waits within one scope."""
 
     def __init__(self, core: Core, scope: Scope, actor: str) -> None:
         self._core = core
@@ -121,10 +115,22 @@ class ScopedFlows:
         found = await store.list_flows(self._scope, FlowQuery(id_prefix=wanted), 2)
         return found[0] if len(found) == 1 else None
 
-    async def get_task_summary(self, flow_id: str) -> TaskSummary | None:
-        """Counts of the flow's children, from an index. Cancelling only stops the reading."""
+    async def get_task_summary(self, flow_id: str, *, nested: bool = False) -> TaskSummary | None:
+        """Counts of the flow's children, from an index. Cancelling only stops the reading.
+
+        With `nested`, those of the flows below it are counted in, however deep they lie.
+        """
         engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
-        return None if wanted is None else await engine.store.summarize(self._scope, wanted)
+        if wanted is None:
+            return None
+        summary = await engine.store.summarize(self._scope, wanted)
+        if summary is None or not nested:
+            return summary
+        key = await self._find(wanted)
+        below = [] if key is None else await flows_below(engine.store, key)
+        scope = Scope(None if key is None else key.owner_key)
+        parts = [await engine.store.summarize(scope, each.flow_id) for each in below]
+        return add_up([summary, *(part for part in parts if part is not None)])
 
     async def get_task(self, task_id: str) -> Task | None:
         """The child as committed, or None. Cancelling only stops the reading."""
@@ -233,110 +239,6 @@ class ScopedFlows:
         finally:
             end.cancel()
 
-    # ---- cancelling -------------------------------------------------------------------------------
-
-    async def cancel(
-        self, flow_id: str, *, expected_revision: int | None = None, grace: float = 5.0
-    ) -> CancelReport:
-        """End the flow as cancelled: stamp the intent, stop its code, and wait up to `grace` seconds for it.
-
-        live → intent, revision + 1 → every child stopped → cancelled, revision + 1. `cancelled=True` is
-        answered only when no code of the flow runs any more; otherwise `code="cancel_pending"`, and the flow
-        ends when its code does. Cancelling the caller does not take the intent back.
-        """
-        engine, wanted = self._core.enter(), arguments.lookup(flow_id, "flow_id")
-        expected = arguments.optional_revision(expected_revision)
-        patience = arguments.duration(grace, "grace")
-        key = None if wanted is None else await self._find(wanted)
-        if key is None:
-            return CancelReport(
-                found=False, cancelled=False, code=Code.NOT_FOUND, reason="Flow not found."
-            )
-        end = engine.flow_ends.register(key)
-        try:
-            reply = await engine.ask(key, Cancel(expected_revision=expected), self._actor)
-            if reply.refusal is not None:
-                return await self._cancel_refused(key, reply)
-            await _wait_at_most(engine, end, patience)
-            return await self._cancel_report(key)
-        finally:
-            end.cancel()
-
-    async def _cancel_refused(self, key: FlowKey, reply: Reply) -> CancelReport:
-        assert reply.refusal is not None
-        found = reply.refusal.code is not Code.NOT_FOUND
-        return CancelReport(
-            found=found,
-            cancelled=False,
-            code=reply.refusal.code,
-            reason=reply.refusal.reason,
-            flow=None if reply.doc is None else codec.read_flow(reply.doc),
-            tasks=await self._tasks_of(key) if found else [],
-        )
-
-    async def _cancel_report(self, key: FlowKey) -> CancelReport:
-        flow = await self._core.engine.store.find_flow(Scope(key.owner_key), key.flow_id)
-        assert flow is not None
-        if not has_ended(flow):
-            left = await self._tasks_of(key, [status.value for status in ACTIVE_TASK_STATUSES])
-            log.warning(
-                "cancel.pending", flow_id=key.flow_id, task_ids=[task.task_id for task in left]
-            )
-            return CancelReport(
-                found=True,
-                cancelled=False,
-                code=CANCEL_PENDING.code,
-                reason=CANCEL_PENDING.reason,
-                flow=flow,
-                tasks=left,
-            )
-        cancelled = flow.status is FlowStatus.CANCELLED
-        return CancelReport(
-            found=True,
-            cancelled=cancelled,
-            code=None if cancelled else Code.TERMINAL,
-            reason=None if cancelled else f"Flow is already {flow.status.value}.",
-            flow=flow,
-            tasks=await self._tasks_of(key),
-        )
-
-    async def cancel_task(self, task_id: str, *, grace: float = 5.0) -> TaskCancelReport:
-        """Stop one child and wait up to `grace` seconds for its end. The flow goes on without it.
-
-        Cancelling the caller after acceptance does not take the stop back.
-        """
-        engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
-        patience = arguments.duration(grace, "grace")
-        missing = TaskCancelReport(found=False, cancelled=False, reason=TASK_NOT_FOUND.reason)
-        found = None if wanted is None else await engine.store.find_task(self._scope, wanted)
-        if found is None or wanted is None:
-            return missing
-        key, task = found
-        if is_active(task):
-            end = engine.task_ends.register(wanted)
-            try:
-                reply = await engine.ask(key, CancelTask(task_id=wanted), self._actor)
-                # Not found any more: it ended between our look and its turn.
-                if reply.refusal is None:
-                    await _wait_at_most(engine, end, patience)
-                elif reply.refusal.code is not Code.NOT_FOUND:
-                    return TaskCancelReport(
-                        found=True, cancelled=False, reason=reply.refusal.reason, task=task
-                    )
-            finally:
-                end.cancel()
-            found = await engine.store.find_task(self._scope, wanted)
-            if found is None:
-                return missing
-            task = found[1]
-            if task.status is TaskStatus.CANCELLED:
-                return TaskCancelReport(found=True, cancelled=True, task=task)
-            if is_active(task):
-                reason = "Task has not stopped yet; it ends when its code does."
-                return TaskCancelReport(found=True, cancelled=False, reason=reason, task=task)
-        reason = f"Task is already {task.status.value}."
-        return TaskCancelReport(found=True, cancelled=False, reason=reason, task=task)
-
     # ---- finding ----------------------------------------------------------------------------------
 
     async def _find(self, flow_id: str) -> FlowKey | None:
@@ -363,22 +265,3 @@ class ScopedFlows:
         if key is None:
             raise ValueError(f"after={after!r:.80} names no flow; pass the last flow_id of a page.")
         return key
-
-    async def _tasks_of(
-        self, key: FlowKey, statuses: Iterable[str] | None = None
-    ) -> builtins.list[Task]:
-        store = self._core.engine.store
-        return await store.list_tasks(
-            Scope(key.owner_key), key.flow_id, statuses=tuple(statuses or ())
-        )
-
-
-async def _wait_at_most(engine: Engine, end: asyncio.Future[bytes], seconds: float) -> None:
-    """Wait for an end, by the runtime's clock, and no longer than this."""
-    late = asyncio.get_running_loop().create_future()
-    timer = engine.clock.call_later(seconds, late.cancel)
-    try:
-        await asyncio.wait({end, late}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        timer.cancel()
-        late.cancel()

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
-import msgspec
 from msgspec import UNSET, UnsetType
 
 from flowstead import arguments
 from flowstead.engine.engine import Engine
 from flowstead.engine.mailbox import Reply
-from flowstead.functions import Functions
+from flowstead.functions import Functions, Policy, Runnable
 from flowstead.model.code import Code
 from flowstead.model.command import AddTasks, Defect, Encoded, TaskDraft
 from flowstead.model.flow import FlowKey, Json
-from flowstead.model.retry import Retry
 from flowstead.model.task import LAUNCHED_RUNTIME, Task, is_active
 from flowstead.registry import TaskDefinition
 from flowstead.results import error_for, raise_refusal
@@ -52,21 +50,9 @@ class Steps:
 
     # ---- making them ------------------------------------------------------------------------------
 
-    def define(
-        self,
-        function: str | Callable[..., Awaitable[Json]],
-        *,
-        timeout: float | None = None,
-        retry: Retry | None = None,
-    ) -> TaskDefinition:
-        """The definition behind a function or a name, with what this step wants otherwise."""
-        definition = self._functions.define(function)
-        if timeout is not None:
-            given = arguments.seconds(timeout, "timeout")
-            definition = msgspec.structs.replace(definition, timeout=given)
-        if retry is not None:
-            definition = msgspec.structs.replace(definition, retry=arguments.retry(retry))
-        return definition
+    def define(self, run: Runnable, policy: Policy | None = None) -> TaskDefinition:
+        """The definition behind what is to be run, with what this step wants otherwise."""
+        return self._functions.define(run, policy)
 
     def name(self, name: str | None, usual: str) -> str:
         """A step's name: as given, or the usual one with `#2` and so on for later calls."""
@@ -104,6 +90,9 @@ class Steps:
             run_id=step,
             input_json=encoded,
             timeout=definition.timeout,
+            idle_timeout=definition.idle_timeout,
+            queue_timeout=definition.queue_timeout,
+            child_flow_id=self._functions.child_flow_id(definition, self.engine),
             launch=launch,
         )
 

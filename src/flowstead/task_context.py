@@ -45,6 +45,7 @@ class TaskContext:
         await self._report(ProgressReport(task_id=self.task_id))
 
     async def _report(self, report: ProgressReport) -> None:
+        self._engine.supervisor.touch(self.task_id, self.attempt)
         reply = await self._engine.report(self._key, report)
         if reply.refusal is not None:
             raise_refusal(reply.refusal)

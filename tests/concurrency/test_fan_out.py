@@ -811,7 +811,7 @@ async def test_a_primary_that_times_out_is_replaced(clock: ManualClock):
 
 
 async def test_a_primary_that_was_lost_with_its_process_is_replaced():
-    store, chain = MemoryStore(), Chain(hang, on_restart="lost")
+    store, chain = MemoryStore(), Chain(hang, idempotent=False)
     registry = chain.drive("spare")
     async with running(store, registry=registry) as first:
         flow_id = await new_flow(flows_of(first), "c")

@@ -144,7 +144,7 @@ async def test_a_crash_spends_no_attempt_of_the_retry_policy():
 
 
 async def test_a_child_that_must_not_be_done_twice_is_lost_by_a_crash():
-    tables, work = MemoryTables(), Work(on_restart="lost")
+    tables, work = MemoryTables(), Work(idempotent=False)
 
     async def play(runtime: Any) -> None:
         flows = flows_of(runtime)
@@ -299,7 +299,7 @@ async def test_a_runtime_answers_while_it_recovers():
 
 
 async def test_closing_in_the_middle_of_the_recovery_loses_nothing():
-    tables, work = MemoryTables(), Work(on_restart="lost")
+    tables, work = MemoryTables(), Work()
 
     async with running(MemoryStore(tables), registry=work.registry) as runtime:
         flows = flows_of(runtime)

@@ -1151,8 +1151,8 @@ async def test_a_clean_shutdown_spends_no_attempt_and_starts_nothing_in_its_last
     store, registry, runs = MemoryStore(), Registry(), []
     go = asyncio.Event()
 
-    @registry.task(on_restart="lost")
-    async def precious(ctx: TaskContext, given: object) -> object:
+    @registry.task
+    async def plain(ctx: TaskContext, given: object) -> object:
         runs.append((given, ctx.attempt))
         await go.wait()
         return given
@@ -1162,7 +1162,7 @@ async def test_a_clean_shutdown_spends_no_attempt_and_starts_nothing_in_its_last
         flows = flows_of(runtime)
         flow_id = await new_flow(flows)
         for n in range(6):
-            await launch(flows, flow_id, precious, input_json=n)
+            await launch(flows, flow_id, plain, input_json=n)
         await settle()
         assert runs == [(0, 1), (1, 1)]
 
@@ -1176,10 +1176,43 @@ async def test_a_clean_shutdown_spends_no_attempt_and_starts_nothing_in_its_last
         assert sorted(runs[2:]) == [(n, 1) for n in range(6)]
 
 
+async def test_a_clean_shutdown_loses_what_must_not_be_done_twice_only_if_it_had_begun():
+    store, registry, runs = MemoryStore(), Registry(), []
+    go = asyncio.Event()
+
+    @registry.task(idempotent=False)
+    async def precious(ctx: TaskContext, given: object) -> object:
+        runs.append((given, ctx.attempt))
+        await go.wait()
+        return given
+
+    limits = Limits(running_children=2)
+    async with running(store, registry=registry, limits=limits) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows)
+        for n in range(4):
+            await launch(flows, flow_id, precious, input_json=n)
+        await settle()
+        assert runs == [(0, 1), (1, 1)]
+
+    go.set()
+    async with running(MemoryStore(store.tables), registry=registry, limits=limits) as runtime:
+        flows = flows_of(runtime)
+        await settle()
+
+        tasks = await flows.list_tasks(flow_id)
+        assert [task.status for task in tasks] == ["lost"] * 2 + ["succeeded"] * 2
+        for task in tasks[:2]:
+            assert task.failure
+            assert (task.failure.kind, task.failure.code) == ("interrupted", "unknown")
+        # The others had not begun, so nothing is unknown about them.
+        assert runs[2:] == [(2, 1), (3, 1)]
+
+
 async def test_a_child_whose_start_is_being_written_when_the_runtime_closes_is_not_counted_as_run():
     tables, registry, runs = FaultyStore(), Registry(), []
 
-    @registry.task(on_restart="lost")
+    @registry.task(idempotent=False)
     async def precious(ctx: TaskContext, given: object) -> str:
         runs.append(ctx.attempt)
         return "kept"

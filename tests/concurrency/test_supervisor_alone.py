@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from flowstead import Failed, Limits, RuntimeClosed, SnapshotUnreadable, Succeeded
+from flowstead.engine.child_scope import ChildScope
 from flowstead.engine.clock import SystemIds
 from flowstead.engine.mailbox import Reply
-from flowstead.engine.supervisor import Supervisor
+from flowstead.engine.supervisor import Supervisor, Work
 from flowstead.errors import StoreUnusable
 from flowstead.model.code import CANCEL_REQUESTED, NOT_FOUND, Refusal
 from flowstead.model.command import (
@@ -24,6 +25,10 @@ from flowstead.model.command import (
     Fail,
 )
 from flowstead.model.effect import (
+    AbandonController,
+    AbandonTask,
+    DrainTask,
+    KillTask,
     StartController,
     StartTask,
     StopController,
@@ -59,11 +64,15 @@ class Stage:
         self.reports.append(command)
         return Reply(b"{}", self.refusal if isinstance(command, EnterController) else None)
 
-    def code_of(self, key: FlowKey, task: StoredTask) -> Code | None:
+    def code_of(self, key: FlowKey, task: StoredTask, child: ChildScope) -> Work | None:
         code = self.code.get(task.task_id)
         if isinstance(code, Exception):
             raise code
-        return code
+        return None if code is None else Work(code)
+
+    @property
+    def executors(self) -> Container[str]:
+        return ()
 
     def forget(self, key: FlowKey, task: StoredTask) -> None: ...
 
@@ -106,7 +115,7 @@ async def test_one_stopped_before_it_ran_starts_nothing_and_puts_it_back():
     await settle()
 
     assert stage.supervisor.is_stopping
-    assert stage.supervisor.interrupted == {KEY: ["t"]}
+    assert stage.supervisor.interrupted == {KEY: {"t": False}}
     assert not stage.supervisor.has_code(KEY)
     assert stage.reports == []
 
@@ -122,15 +131,23 @@ async def test_stopping_what_does_not_run_stops_nothing_else():
             KEY,
             [
                 StopTask("another", StopReason.CANCELLED),
+                KillTask("another"),
+                DrainTask("another"),
+                AbandonTask("another"),
                 StopController(),
+                AbandonController(),
                 StartTask(a_launched("t")),
             ],
         )
-        supervisor.carry_out(FlowKey("owner", "another"), [StopController()])
+        elsewhere = FlowKey("owner", "another")
+        supervisor.carry_out(elsewhere, [StopController(), AbandonController()])
+        supervisor.touch("another", 1)
+        supervisor.touch("t", 7)
         await settle()
 
         assert dict(supervisor.running) == {"t": 1}
         assert stage.reports == []
+        assert (supervisor.abandoned, supervisor.hint_of("another")) == (0, None)
         supervisor.carry_out(KEY, [StopTask("t", StopReason.CANCELLED)])
         await settle()
         assert stage.ends["t"].failure.message == "stopped on request"

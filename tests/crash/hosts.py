@@ -10,6 +10,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _children(journal: Journal) -> Registry:
         raise OSError("not today")
 
     registry.task(waits, name="patient")
-    registry.task(name="fragile", on_restart="lost")(lambda ctx, given: waits(ctx, given))
+    registry.task(name="fragile", idempotent=False)(partial(waits))
     registry.task(stubborn, name="stubborn")
     registry.task(
         unlucky, name="unlucky", retry=Retry(max_attempts=5, initial=3600.0, max_delay=3600.0)
@@ -145,8 +146,8 @@ def succeed(journal: Journal, *, path: str) -> None:
             return "done"
 
         for name in ("patient", "stubborn", "unlucky"):
-            registry.task(name=name)(lambda ctx, given: ends(ctx, given))
-        registry.task(name="fragile", on_restart="lost")(lambda ctx, given: ends(ctx, given))
+            registry.task(name=name)(partial(ends))
+        registry.task(name="fragile", idempotent=False)(partial(ends))
         async with open_runtime(path, registry=registry) as runtime:
             await quiet(runtime)
             tasks = await bind(runtime).list_tasks("held")

@@ -10,7 +10,6 @@ import asyncio
 import random
 import signal
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,32 +18,29 @@ import anyio
 from flowstead import (
     Applied,
     CancelPending,
+    CancelReport,
     Created,
-    Failed,
     FlowContext,
     Limits,
-    Registry,
-    Retry,
+    Nested,
     RuntimeClosed,
     SessionFlows,
     Succeeded,
-    TaskContext,
     open_runtime,
 )
 from flowstead.model.flow import Flow, has_ended
 from flowstead.store.codec import FlowWrite
 from flowstead.store.sqlite import SqliteStore
-from tests.crash.harness import Journal
+from tests.crash.census import alive_programs, program
+from tests.crash.children import PIPELINE, TREE, UNUSUAL, USUAL, Children
+from tests.crash.harness import PATIENCE, Journal
 
-CLIENTS = 14
+CLIENTS = 32
 CROWD = 48
 LEDGER = "load/ledger"
-PIPELINE = "load/pipeline"
 LIVE = ("queued", "running", "waiting", "blocked")
-LAUNCHABLE = (
-    *("quick", "quick", "slow", "slow", "broken"),
-    *("flaky", "patient", "stuck", "fragile", "bare"),
-)
+PROGRAMS = ((), (), ("family",), ("stubborn",), ("stubborn", "family"))
+LIMITS = Limits(cancel_grace=0.3, interruptions=1000, kill_after=0.04, abandon_after=0.08)
 
 
 class EarlyStore(SqliteStore):
@@ -75,104 +71,20 @@ class EarlyStore(SqliteStore):
 class Load:
     """One runtime's worth of clients."""
 
-    def __init__(self, journal: Journal, seed: int, *, strict: bool) -> None:
+    def __init__(self, journal: Journal, seed: int, folder: str, *, strict: bool) -> None:
         self.journal = journal
         self.seed = seed
+        self.folder = folder
         self.strict = strict
         self.flows: SessionFlows | None = None
         self.known: dict[str, Flow] = {}
         self.linked: list[str] = []
-        self.inside: Counter[str] = Counter()
+        self.launched: list[str] = []
+        self.ended: list[str] = []
+        self.with_programs: set[str] = set()
         self.calls = 0
         self.marks = 0
-        self.registry = Registry()
-        self._register()
-
-    # ---- the code that runs under flows -----------------------------------------------------------
-
-    def _register(self) -> None:
-        task = self.registry.task
-        for function, name, options in (
-            (self.quick, "quick", {}),
-            (self.slow, "slow", {"timeout": 30.0}),
-            (self.broken, "broken", {}),
-            (self.flaky, "flaky", {"retry": Retry(max_attempts=3, initial=0.01, jitter=0.5)}),
-            (self.patient, "patient", {"retry": Retry(max_attempts=9, initial=0.25, factor=1.5)}),
-            (self.stuck, "stuck", {"timeout": 0.06, "retry": Retry(max_attempts=2, initial=0.05)}),
-            (self.fragile, "fragile", {"on_restart": "lost"}),
-        ):
-            task(self._told(function), name=name, **options)
-        self.registry.controller(PIPELINE)(self.pipeline)
-
-    def _told(
-        self, function: Callable[[TaskContext, Any], Awaitable[Any]]
-    ) -> Callable[[TaskContext, Any], Awaitable[Any]]:
-        async def run(ctx: TaskContext, given: Any) -> Any:
-            self.journal.write(ran=ctx.task_id, flow=ctx.flow_id, attempt=ctx.attempt)
-            self.inside[ctx.flow_id] += 1
-            try:
-                return await function(ctx, given)
-            finally:
-                self.inside[ctx.flow_id] -= 1
-
-        return run
-
-    async def quick(self, ctx: TaskContext, given: Any) -> Any:
-        return {"given": given, "by": ctx.attempt}
-
-    async def slow(self, ctx: TaskContext, given: Any) -> Any:
-        await asyncio.sleep(0.02 + (given % 7) * 0.02)
-        await ctx.progress("half way")
-        await asyncio.sleep(0.03)
-        return given
-
-    async def broken(self, ctx: TaskContext, given: Any) -> Any:
-        await asyncio.sleep(0.005)
-        raise ValueError(f"cannot do {given}")
-
-    async def flaky(self, ctx: TaskContext, given: Any) -> Any:
-        if ctx.attempt % 3:
-            raise OSError("not this time")
-        return given
-
-    async def patient(self, ctx: TaskContext, given: Any) -> Any:
-        """Fails often enough to be waiting for its next attempt when the process is killed."""
-        if ctx.attempt < 5:
-            raise OSError("not yet")
-        return given
-
-    async def stuck(self, ctx: TaskContext, given: Any) -> Any:
-        await asyncio.Event().wait()
-
-    async def fragile(self, ctx: TaskContext, given: Any) -> Any:
-        await asyncio.sleep(0.05 + (given % 5) * 0.08)
-        return given
-
-    async def pipeline(self, flow: FlowContext) -> None:
-        """A controller with every kind of step, each result checked against what it must be."""
-        opened = await flow.once("open", self._effect(flow, "open"))
-        assert opened == {"flow": flow.flow_id, "name": "open"}, opened
-        await self._set(flow, "opened")
-        inputs = [0, 1, 7, 8]
-        results = await flow.map("slow", inputs, name="work", limit=3)
-        assert results == inputs, results
-        await self._set(flow, "worked")
-        first = await flow.run("quick", 7)
-        second = await flow.run("quick", 8)
-        assert (first["given"], second["given"]) == (7, 8), (first, second)
-        [outcome] = await flow.map("broken", [9], return_outcomes=True)
-        assert isinstance(outcome, Failed), outcome
-        assert "cannot do 9" in str(outcome.failure.message), outcome
-        await flow.once("close", self._effect(flow, "close"))
-        await self._set(flow, "closed")
-
-    def _effect(self, flow: FlowContext, name: str) -> Callable[[], Awaitable[Any]]:
-        async def effect() -> Any:
-            self.journal.write(effect=name, flow=flow.flow_id)
-            await asyncio.sleep(0.01)
-            return {"flow": flow.flow_id, "name": name}
-
-        return effect
+        self.children = Children(journal, tell_wrong=self._wrong, set_step=self._set)
 
     async def _set(self, flow: FlowContext, step: str) -> None:
         state = self._mark(step)
@@ -198,12 +110,29 @@ class Load:
             for number in range(CLIENTS):
                 group.start_soon(self.client, random.Random(self.seed * 1000 + number))
 
+    async def settle(self, flows: SessionFlows) -> None:
+        """Bring everything to its end: whoever is left is cancelled."""
+        self.flows = flows
+        while live := await flows.list(status=LIVE, limit=1000):
+            async with asyncio.timeout(PATIENCE), anyio.create_task_group() as group:
+                for flow in live:
+                    if flow.parent_task_id is None:
+                        group.start_soon(self._cancel, flow, PATIENCE)
+                    else:
+                        group.start_soon(flows.result, flow.flow_id)
+        self.journal.write(settled=True)
+
     async def _learn_all(self, flows: SessionFlows) -> None:
         for flow in await flows.list(status=LIVE, limit=CROWD):
             self.known[flow.flow_id] = flow
             for task in await flows.list_tasks(flow.flow_id, status=("queued", "running")):
                 if task.runtime == "acp":
                     self.linked.append(task.task_id)
+                if task.review_requested_at is not None:
+                    self.children.in_review.append(task.task_id)
+        for flow in await flows.list(status=("failed", "cancelled", "lost"), limit=CROWD):
+            if flow.controller_id is not None and flow.parent_task_id is None:
+                self.ended.append(flow.flow_id)
 
     async def client(self, rng: random.Random) -> None:
         calls = (
@@ -220,6 +149,14 @@ class Load:
             (16, self.launch),
             (3, self.launch_and_wait),
             (8, self.drive),
+            (24, self.launch_unusual),
+            (3, self.launch_program),
+            (3, self.launch_nested),
+            (3, self.branch),
+            (4, self.detach),
+            (10, self.answer),
+            (6, self.cancel_one),
+            (8, self.retry_flow),
         )
         weights = [weight for weight, _ in calls]
         while True:
@@ -252,12 +189,18 @@ class Load:
         return None
 
     async def drive(self, rng: random.Random) -> None:
-        if sum(flow.controller_id == PIPELINE for flow in self.known.values()) > CROWD // 4:
+        await self._drive(PIPELINE, CROWD // 4, {})
+
+    async def branch(self, rng: random.Random) -> None:
+        await self._drive(TREE, CROWD // 8, {"deep": 0})
+
+    async def _drive(self, controller: str, most: int, given: dict[str, Any]) -> None:
+        if sum(flow.controller_id == controller for flow in self.known.values()) > most:
             return
-        state = self._mark("created")
+        state = self._mark("created") | given
         number = self._begin("create")
         flow = await self.mine.create_managed(
-            controller_id=PIPELINE, goal="be driven", state_json=state
+            controller_id=controller, goal="be driven", state_json=state
         )
         self._done(number, ack="create", **_facts(flow), state=state)
         self.known[flow.flow_id] = flow
@@ -291,20 +234,34 @@ class Load:
         await self._mutate(rng, "fail", self.mine.fail, state_json=self._mark("failed"))
 
     async def cancel(self, rng: random.Random) -> None:
-        flow = self.pick(rng, PIPELINE if rng.random() < 0.1 else LEDGER)
-        if flow is None:
-            return
+        flow = self.pick(rng, rng.choice((LEDGER, LEDGER, LEDGER, PIPELINE, TREE)))
+        if flow is not None:
+            await self._cancel(flow)
+
+    async def _cancel(self, flow: Flow, grace: float = 2.0) -> None:
         number = self._begin("cancel")
-        report = await self.mine.cancel(flow.flow_id, grace=2.0)
+        report = await self.mine.cancel(flow.flow_id, grace=grace)
         if report.flow is None or report.flow.cancel_requested_at is None:
             self._done(number)
         elif report.cancelled:
-            if running := self.inside[flow.flow_id]:
-                self._wrong(f"{flow.flow_id} is cancelled, and {running} of its children run")
+            self._check_quiet(flow, report)
             self._done(number, ack="cancelled", **_facts(report.flow))
         else:
             self._done(number, ack="intent", **_facts(report.flow))
         self._learn(report.flow)
+
+    def _check_quiet(self, flow: Flow, report: CancelReport) -> None:
+        """Nothing of a flow that is cancelled runs any more, nor of the flows below it."""
+        below = {flow.flow_id} | {line.flow_id for line in report.descendants}
+        for flow_id in below:
+            if running := self.children.inside[flow_id]:
+                self._wrong(f"{flow.flow_id} is cancelled, and {running} children of {flow_id} run")
+        if odd := [line for line in report.descendants if line.state not in ("settled", "killed")]:
+            self._wrong(f"{flow.flow_id} is cancelled, and the report has {odd}")
+        if below & self.with_programs:
+            children = {line.task_id for line in report.descendants}
+            if alive := {p: c for p, c in alive_programs().items() if c in children}:
+                self._wrong(f"{flow.flow_id} is cancelled, and programs of it live: {alive}")
 
     async def _mutate(
         self,
@@ -379,23 +336,105 @@ class Load:
             self._done(number)
 
     async def launch(self, rng: random.Random) -> str | None:
+        name = rng.choice(USUAL)
+        return await self._launch(self.pick(rng), f"do {name}", self._runnable(name))
+
+    async def launch_unusual(self, rng: random.Random) -> None:
+        name = rng.choice(UNUSUAL)
+        await self._launch(self.pick(rng), f"do {name}", name)
+
+    async def launch_program(self, rng: random.Random) -> None:
         flow = self.pick(rng)
+        if flow is None or len(self.with_programs) > CROWD // 4:
+            return
+        self.with_programs.add(flow.flow_id)
+        spec = program(self.folder, rng.choice((0.0, 0.05, 0.4)), *rng.choice(PROGRAMS))
+        await self._launch(flow, "run a program", spec, idempotent=rng.random() < 0.6)
+
+    async def launch_nested(self, rng: random.Random) -> None:
+        await self._launch(self.pick(rng), "branch", Nested(TREE), given={"deep": 1})
+
+    async def _launch(
+        self, flow: Flow | None, task: str, run: Any, *, given: Any = None, **policy: Any
+    ) -> str | None:
         if flow is None:
             return None
-        name = rng.choice(LAUNCHABLE)
         number = self._begin("launch")
         answer = await self.mine.run_task(
             flow_id=flow.flow_id,
-            task=f"do {name}",
-            run=self._told(self.slow) if name == "bare" else name,
+            task=task,
+            run=run,
             run_id=f"launched-{self.seed}-{number}",
-            input_json=number,
+            input_json=number if given is None else given,
+            **policy,
         )
         if isinstance(answer, Created):
             self._done(number, ack="child", flow=flow.flow_id, task=answer.task.task_id)
+            self.launched.append(answer.task.task_id)
             return answer.task.task_id
         self._done(number, refused=answer.code)
         return None
+
+    def _runnable(self, name: str) -> Any:
+        return self.children.told(self.children.slow, name) if name == "bare" else name
+
+    async def detach(self, rng: random.Random) -> None:
+        name = rng.choice((*USUAL, *UNUSUAL))
+        number = self._begin("detach")
+        made = await self.mine.spawn_detached(
+            task=f"do {name}", run=self._runnable(name), input_json=number
+        )
+        self._done(number, ack="child", flow=made.flow.flow_id, task=made.task.task_id)
+        self.launched.append(made.task.task_id)
+
+    async def answer(self, rng: random.Random) -> None:
+        """Answer for a child that a person has to look at: with another input, with the same, or not at all."""
+        if not self.children.in_review:
+            return
+        task_id = self.children.in_review.pop(rng.randrange(len(self.children.in_review)))
+        if rng.random() < 0.25:
+            await self._cancel_one(task_id)
+            return
+        given = {"input_json": "what it likes"} if rng.random() < 0.5 else {}
+        number = self._begin("retry_task")
+        report = await self.mine.retry_task(task_id, **given)
+        if report.retried:
+            self._done(number, ack="told to retry", task=task_id)
+        else:
+            self._done(number, refused=report.reason)
+
+    async def cancel_one(self, rng: random.Random) -> None:
+        if self.launched:
+            await self._cancel_one(self.launched.pop(rng.randrange(len(self.launched))))
+
+    async def _cancel_one(self, task_id: str) -> None:
+        number = self._begin("cancel_task")
+        report = await self.mine.cancel_task(task_id, grace=0.2)
+        if report.cancelled:
+            self._done(number, ack="ended", task=task_id, status="cancelled")
+        else:
+            self._done(number, refused=report.reason)
+
+    async def retry_flow(self, rng: random.Random) -> None:
+        """Go on from a flow that has ended, perhaps twice: it is the same flow that goes on."""
+        if not self.ended or len(self.known) >= CROWD:
+            return
+        origin = rng.choice(self.ended)
+        number = self._begin("retry_flow")
+        answers = [await self.mine.retry_flow(origin) for _ in range(rng.choice((1, 2)))]
+        if len({answer.flow.flow_id for answer in answers if isinstance(answer, Applied)}) > 1:
+            self._wrong(f"{origin} is gone on from twice: {answers}")
+        for answer in answers:
+            # Its code may be on its way out still.
+            if not isinstance(answer, Applied) and answer.code != "not_retryable":
+                self._wrong(f"{origin} has ended, and cannot be gone on from: {answer}")
+        if isinstance(answers[0], Applied):
+            flow = answers[0].flow
+            self._done(number, ack="retry_flow", **_facts(flow), origin=origin)
+            if flow.revision == 0:
+                self.known[flow.flow_id] = flow
+        else:
+            self._done(number, refused=answers[0].code)
 
     async def launch_and_wait(self, rng: random.Random) -> None:
         task_id = await self.launch(rng)
@@ -432,6 +471,8 @@ class Load:
         if flow is None:
             return
         if has_ended(flow):
+            if flow.flow_id in self.known and flow.status != "succeeded":
+                self.ended.append(flow.flow_id)
             self.known.pop(flow.flow_id, None)
         elif flow.flow_id in self.known and flow.revision > self.known[flow.flow_id].revision:
             self.known[flow.flow_id] = flow
@@ -451,9 +492,11 @@ def load(
     *,
     path: str,
     seed: int,
+    folder: str,
     full: bool = True,
     early: bool = False,
     strict: bool = True,
+    last: bool = False,
 ) -> None:
     """Load the store until the process is killed, or asked to end: then it closes, with every call under way.
 
@@ -461,28 +504,34 @@ def load(
         journal: Where to tell everything.
         path: The file.
         seed: What the clients do.
+        folder: Where programs tell that they live.
         full: Whether each commit waits for the disk.
         early: Whether the store lies about commits.
         strict: Whether an error of the runtime's is a failure; not where the store lies or is taken over.
+        last: Whether to bring everything to its end instead, and close.
     """
 
     async def main() -> None:
         asked = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
-        load = Load(journal, seed, strict=strict)
+        load = Load(journal, seed, folder, strict=strict)
         began = time.perf_counter()
         async with open_runtime(
             EarlyStore(path) if early else path,
-            registry=load.registry,
+            registry=load.children.registry,
             durability="full" if full else "normal",
-            limits=Limits(cancel_grace=0.3, interruptions=1000),
+            limits=LIMITS,
         ) as runtime:
             journal.write(ready=time.perf_counter() - began)
             flows = runtime.tasks.flow.bind_session(session_key="agent:main:main")
-            async with anyio.create_task_group() as group:
-                group.start_soon(load.run, flows)
-                await asked.wait()
-                await runtime.aclose()
-        journal.write(closed=True)
+            if last:
+                await load.settle(flows)
+            else:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(load.run, flows)
+                    await asked.wait()
+                    await runtime.aclose()
+            abandoned = 0 if not last else runtime.statistics().abandoned
+        journal.write(closed=True, abandoned=abandoned)
 
     asyncio.run(main())

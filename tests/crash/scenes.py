@@ -122,7 +122,7 @@ def code(
 
     tasks: dict[str, dict[str, Any]] = {
         "again": {},
-        "fragile": {"on_restart": "lost"},
+        "fragile": {"idempotent": False},
         "first": {},
         "second": {},
         "never": {"retry": Retry(max_attempts=5, initial=3600.0)},

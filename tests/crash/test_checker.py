@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import invariants
-from tests.crash.harness import Zygote
+from tests.crash.harness import Child, Zygote, until
 
 pytestmark = pytest.mark.crash
 
@@ -113,6 +113,107 @@ DAMAGE = {
     ),
 }
 
+RUN = "(SELECT task_id FROM tasks WHERE run_id = '{}')"
+EVENT = "json_extract(doc, '$.type') = '{}' AND json_extract(doc, '$.taskId') = {}"
+DAMAGE_UNDER_WAY = {
+    "nobody was asked to stop": (
+        "UPDATE tasks SET doc = json_remove(doc, '$.cancelRequestedAt') WHERE run_id = 'deaf-0'",
+        "lives on, and nobody has asked it to stop",
+    ),
+    "a rung is taken too early": (
+        "UPDATE tasks SET doc = json_set(doc, '$.killRequestedAt', 1) WHERE run_id = 'deaf-0'",
+        "was to be killed before it was asked to stop",
+    ),
+    "a rung is skipped": (
+        "UPDATE events SET doc = json_set(doc, '$.type', 'task.progressed')"
+        f" WHERE {EVENT.format('task.cancel_requested', RUN.format('deaf-0'))}",
+        "was running, and then came task.kill_requested",
+    ),
+    "a cancel is started before it is requested": (
+        "UPDATE flows SET doc = json_set(doc, '$.cancelStartedAt', 1) WHERE flow_id = 'top'",
+        "flow top: cancelStartedAt is stored as 1",
+    ),
+    "a tick is due at another time": (
+        "UPDATE tasks SET due_at = due_at + 1 WHERE run_id = 'unlucky-1'",
+        "due_at is",
+    ),
+    "a tick is forgotten": (
+        "UPDATE tasks SET due_at = NULL WHERE run_id = 'deaf-0'",
+        "due_at is None",
+    ),
+    "what must not be done twice was tried again": (
+        "UPDATE tasks SET doc = json_set(doc, '$.launch.onRestart', 'lost')"
+        " WHERE run_id = 'unlucky-1'",
+        "was tried again by itself",
+    ),
+    "there were more attempts than granted": (
+        "UPDATE tasks SET doc = json_set(doc, '$.maxAttempts', 0) WHERE run_id = 'unlucky-1'",
+        "1 attempts, where 0 were granted",
+    ),
+    "an interruption is made up": (
+        "UPDATE tasks SET doc = json_set(doc, '$.interruptions', 1) WHERE run_id = 'unlucky-1'",
+        "interrupted 0 times, stored is 1",
+    ),
+    "a review is forgotten": (
+        "UPDATE tasks SET doc = json_remove(doc, '$.reviewRequestedAt') WHERE run_id = 'picky-2'",
+        "reviewRequestedAt does not fit",
+    ),
+    "a review holds up nobody": (
+        "UPDATE events SET doc = json_set(doc, '$.changed.status', 'waiting')"
+        " WHERE json_extract(doc, '$.type') = 'flow.blocked';"
+        "UPDATE flows SET status = 'waiting', doc = json_set(doc, '$.status', 'waiting')"
+        " WHERE status = 'blocked'",
+        "need a person's eyes",
+    ),
+    "a nested flow lives on under nothing": (
+        "UPDATE events SET doc = json_set(doc, '$.type', 'task.ended', '$.changed',"
+        """ json('{"status": "cancelled", "endedAt": 1}'))"""
+        f" WHERE {EVENT.format('task.started', RUN.format('nested-3'))};"
+        "UPDATE tasks SET status = 'cancelled', doc = json_remove("
+        "json_set(doc, '$.status', 'cancelled', '$.endedAt', 1), '$.attempt')"
+        " WHERE run_id = 'nested-3'",
+        "lives, and the child above it is cancelled",
+    ),
+    "a nested flow stands under another child": (
+        "UPDATE tasks SET doc = json_set(doc, '$.childFlowId', 'top') WHERE run_id = 'nested-3'",
+        "the child above it stands for top",
+    ),
+    "a nested flow is deeper than it is": (
+        "UPDATE events SET doc = json_set(doc, '$.changed.depth', 7)"
+        " WHERE json_extract(doc, '$.changed.depth') = 2;"
+        "UPDATE flows SET doc = json_set(doc, '$.depth', 7) WHERE json_extract(doc, '$.depth') = 2",
+        "depth is 7",
+    ),
+}
+RETRIED = "(SELECT key FROM flows WHERE json_extract(doc, '$.retryOf') = 'top')"
+ALONE = "(SELECT key FROM flows WHERE json_extract(doc, '$.syncMode') = 'task_mirrored')"
+DAMAGE_DONE = {
+    "a child is not carried over": (
+        f"UPDATE tasks SET doc = json_set(doc, '$.task', 'other') WHERE flow_key = {RETRIED}",
+        "lacks task",
+    ),
+    "a child is carried over with another result": (
+        f"UPDATE tasks SET doc = json_set(doc, '$.resultJson', 7) WHERE flow_key = {RETRIED}",
+        "resultJson is 7, and was 1",
+    ),
+    "a flow goes on from one that is not there": (
+        "UPDATE flows SET flow_id = 'bottom', doc = json_set(doc, '$.flowId', 'bottom')"
+        " WHERE flow_id = 'top';"
+        "UPDATE events SET doc = json_set(doc, '$.flowId', 'bottom')"
+        " WHERE json_extract(doc, '$.flowId') = 'top';"
+        "UPDATE tasks SET doc = json_set(doc, '$.flowId', 'bottom')"
+        " WHERE json_extract(doc, '$.flowId') = 'top'",
+        "goes on from top, which is not there",
+    ),
+    "a flow does not follow its task": (
+        "UPDATE events SET doc = json_set(doc, '$.type', 'flow.failed', '$.changed.status', 'failed')"
+        f" WHERE flow_key = {ALONE} AND json_extract(doc, '$.type') = 'flow.succeeded';"
+        "UPDATE flows SET status = 'failed', doc = json_set(doc, '$.status', 'failed')"
+        f" WHERE key = {ALONE}",
+        "is failed, and its task succeeded",
+    ),
+}
+
 
 @pytest.fixture
 def furnished(db: Path, tmp_path: Path) -> Iterator[Path]:
@@ -124,21 +225,71 @@ def furnished(db: Path, tmp_path: Path) -> Iterator[Path]:
         yield db
 
 
-def test_each_damage_is_found(furnished: Path) -> None:
-    invariants.check_all(furnished)
-    whole = furnished.read_bytes()
+@pytest.fixture
+def under_way(db: Path, tmp_path: Path) -> Iterator[Path]:
+    """A file with a stop on its second rung, a retry and a review that wait, and flows on three floors."""
+    with Zygote() as zygote:
+        sorts = ["deaf", "unlucky", "picky", "nested"]
+        child = zygote.fork(
+            "climb",
+            tmp_path / "journal",
+            path=str(db),
+            folder=str(tmp_path),
+            sorts=sorts,
+            limits={"kill_after": 0.01},
+        )
+        child.says("ready")
+        (tmp_path / "cancel").touch()
+        for what in ("task.kill_requested", "task.retry_scheduled", "flow.blocked"):
+            until(lambda what=what: what in told(child, "event"), what)
+        until(lambda: "leaf" in told(child, "ran"), "the leaf to run")
+        child.kill()
+        with closing(sqlite3.connect(db)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        yield db
 
-    for name, (statements, complaint) in DAMAGE.items():
-        with closing(sqlite3.connect(furnished)) as connection:
+
+@pytest.fixture
+def done(db: Path, tmp_path: Path) -> Iterator[Path]:
+    """A file with a flow that goes on from another, and one that follows its task."""
+    with Zygote() as zygote:
+        child = zygote.fork("retry", tmp_path / "journal", path=str(db), folder=str(tmp_path))
+        assert child.wait() == 0, child.facts()
+        yield db
+
+
+def told(child: Child, key: str) -> list[str]:
+    return [fact[key] for fact in child.facts() if key in fact]
+
+
+def test_each_damage_is_found(furnished: Path) -> None:
+    check_found(furnished, DAMAGE)
+
+
+def test_each_damage_to_what_is_under_way_is_found(under_way: Path) -> None:
+    check_found(under_way, DAMAGE_UNDER_WAY)
+
+
+def test_each_damage_to_what_goes_on_from_or_follows_another_is_found(done: Path) -> None:
+    check_found(done, DAMAGE_DONE)
+
+
+def check_found(path: Path, damage: dict[str, tuple[str, str]]) -> None:
+    """Do each damage to a whole file, one after another; each must be found for what it is."""
+    invariants.check_all(path)
+    whole = path.read_bytes()
+
+    for name, (statements, complaint) in damage.items():
+        with closing(sqlite3.connect(path)) as connection:
             before = connection.total_changes
             connection.executescript(statements)
             assert connection.total_changes > before, f"{name}: nothing was damaged"
         with pytest.raises(AssertionError) as found:
-            invariants.check_all(furnished)
+            invariants.check_all(path)
         assert complaint in str(found.value), (name, str(found.value))
-        furnished.write_bytes(whole)
+        path.write_bytes(whole)
 
-    invariants.check_all(furnished)
+    invariants.check_all(path)
 
 
 def test_a_file_others_may_read_is_found(furnished: Path) -> None:

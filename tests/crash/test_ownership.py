@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests import invariants
+from tests.crash.census import end_programs
 from tests.crash.harness import Child, Zygote, until
 from tests.crash.test_kill import Checker, Totals
 
@@ -202,8 +203,16 @@ def test_a_takeover_that_fails_leaves_the_owner_its_file(
 def test_overtaken_under_load_it_acknowledges_nothing_that_is_not_there(
     zygote: Zygote, db: Path, tmp_path: Path, seed: int
 ) -> None:
-    rng = random.Random(seed)
-    first = zygote.fork("load", tmp_path / "first", path=str(db), seed=seed, strict=False)
+    rng, totals = random.Random(seed), Totals()
+    checker = Checker(db, totals)
+    first = zygote.fork(
+        "load",
+        tmp_path / "first",
+        path=str(db),
+        folder=str(checker.folder),
+        seed=seed,
+        strict=False,
+    )
     first.says("ack")
 
     def stands_between_transactions() -> bool:
@@ -227,6 +236,6 @@ def test_overtaken_under_load_it_acknowledges_nothing_that_is_not_there(
     first.kill()
 
     assert content(db) == before
-    totals = Totals()
-    Checker(db, totals).check(first.facts())
+    end_programs(checker.folder)
+    checker.check(first.facts(), first.pid)
     assert totals.acks > 0

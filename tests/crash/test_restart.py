@@ -117,7 +117,7 @@ def test_after_kill_9_a_launched_child_runs_again_or_is_lost_as_its_policy_says(
 
 
 @pytest.mark.parametrize("how", ["close", "terminate"])
-def test_children_stopped_by_a_clean_shutdown_have_no_outcome_and_run_again(
+def test_children_stopped_by_a_clean_shutdown_run_again_unless_they_must_not_be_done_twice(
     zygote: Zygote, db: Path, tmp_path: Path, how: str
 ) -> None:
     go = tmp_path / "go"
@@ -137,19 +137,23 @@ def test_children_stopped_by_a_clean_shutdown_have_no_outcome_and_run_again(
         "bare",
         "fragile",
     ]
-    file = invariants.check_all(db)
-    for task in file.tasks:
+    children = {task.row["run_id"]: task for task in invariants.check_all(db).tasks}
+    for name in ("again", "bare"):
+        task = children[name]
         assert task.doc["status"] == "queued", task.doc
         assert task.doc.get("attempt", 0) == 0
         assert [event["type"] for event in task.events][-1] == "task.released"
+    assert children["fragile"].doc["status"] == "lost"
+    assert children["fragile"].doc["failure"]["kind"] == "interrupted"
 
     go.touch()
     second = zygote.fork("finish", tmp_path / "second", path=str(db), go=str(go))
     tasks = tasks_of(second.says("ready")["records"], "launching")
     assert second.wait() == 0
-    assert sorted(ran(second)) == [("again", 1), ("fragile", 1)]
-    assert tasks["again"]["status"] == tasks["fragile"]["status"] == "succeeded"
-    assert tasks["bare"]["status"] == "lost"
+    assert ran(second) == [("again", 1)]
+    assert tasks["again"]["status"] == "succeeded"
+    assert tasks["fragile"]["status"] == tasks["bare"]["status"] == "lost"
+    assert tasks["fragile"]["attempt"] == 1
     invariants.check_all(db)
 
 

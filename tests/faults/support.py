@@ -23,6 +23,9 @@ from tests.invariants import check_all
 STORM = int(os.environ.get("FLOWSTEAD_STORM", "2000"))
 """The size of a storm; each test takes its share or a multiple of it."""
 
+TREE = int(os.environ.get("FLOWSTEAD_TREE", "120"))
+"""How many children the tree has that is cut down."""
+
 
 class Stage:
     """A runtime with a flow that will suffer, another that must not, and a bystander in each."""

@@ -18,6 +18,8 @@ from flowstead import (
     FlowContext,
     Limits,
     Registry,
+    Retry,
+    Settlement,
     Succeeded,
     TaskContext,
     TimedOut,
@@ -38,6 +40,20 @@ from tests.faulty_store import flows_of, new_flow, running, settle, soon, turns,
 from tests.invariants import check_all
 
 GRACE = 5.0
+LIMITS = Limits(kill_after=5, abandon_after=25)
+
+
+def lines_of(report: CancelReport, task_id: str) -> list[Settlement]:
+    """The lines of a report about one child; one if all is well."""
+    return [line for line in report.descendants if line.task_id == task_id]
+
+
+async def cancel_at_once(it: Stage, clock: ManualClock) -> CancelReport:
+    """Cancel the suffering flow with hardly any patience."""
+    cancelling = asyncio.create_task(it.flows.cancel(it.flow_id, grace=0.1))
+    await settle()
+    clock.advance(0.1)
+    return await soon(cancelling)
 
 
 async def cancel_out_of_patience(it: Stage, clock: ManualClock) -> CancelReport:
@@ -58,55 +74,189 @@ class Swallower:
     def __init__(self, it: Stage, times: int | None) -> None:
         self.it = it
         self.times = times
+        self.swallowed = 0
         self.let_go = asyncio.Event()
         it.undo.append(self.let_go.set)
 
     async def __call__(self, ctx: TaskContext, given: object) -> str:
-        swallowed = 0
-        while not self.let_go.is_set() and swallowed != self.times:
+        while not self.let_go.is_set() and self.swallowed != self.times:
             try:
                 await self.let_go.wait()
             except asyncio.CancelledError:
-                swallowed += 1
+                self.swallowed += 1
                 self.it.fire()
         return "had its way"
 
 
-async def test_a_child_that_swallows_its_cancellation_for_ever_leaves_the_cancel_pending(
+async def climb(clock: ManualClock, seconds: float) -> None:
+    """Let so much time pass, a tenth of a second at a time, and let the loop come to rest each time."""
+    for _ in range(round(seconds * 10)):
+        clock.advance(0.1)
+        await settle()
+
+
+async def test_a_child_that_swallows_its_cancellation_for_ever_is_told_of_once_and_given_up_in_the_end(
     clock: ManualClock,
 ):
-    async with stage(clock=clock) as it:
+    patience = LIMITS.kill_after + LIMITS.abandon_after
+    with listening() as heard:
+        async with stage(clock=clock, limits=LIMITS) as it:
+            child = Swallower(it, None)
+            task_id = await it.launch(child)
+            await settle()
+
+            cancelling = asyncio.create_task(it.flows.cancel(it.flow_id, grace=2 * patience))
+            await settle()
+            await climb(clock, patience - 0.2)
+            pending = await cancel_at_once(it, clock)
+            await climb(clock, 0.1)
+            report = await soon(cancelling)
+
+            assert (pending.cancelled, pending.code) == (False, "cancel_pending")
+            [line] = lines_of(pending, task_id)
+            assert (line.state, line.status) == ("running", "running")
+            assert line.why
+            assert (report.cancelled, report.code) == (False, "abandoned")
+            [line] = lines_of(report, task_id)
+            assert (line.state, line.status) == ("abandoned", "cancelled")
+            assert line.asked_at
+            assert line.killed_at == line.asked_at + LIMITS.kill_after * 1000
+            assert line.ended_at == line.asked_at + patience * 1000
+            assert await ends_of(it.flows, it.flow_id, task_id) == ["cancelled"]
+            statistics = it.runtime.statistics()
+            assert (statistics.ignored_stops, statistics.abandoned) == (1, 1)
+            assert statistics.running_children == 1, "the other flow's bystander"
+            await it.check_others(is_flow_cancelled=True)
+
+            assert not child.let_go.is_set(), "vacuous: it had been let go"
+            child.let_go.set()
+            await settle()
+            assert await ends_of(it.flows, it.flow_id, task_id) == ["cancelled"]
+
+    told = [line for line in heard if task_id in line]
+    for event in ("child.ignores_stop", "child.abandoned", "end.too_late", "cancel.pending"):
+        assert len([line for line in told if event in line]) == 1, event
+    assert len(told) == 4
+
+
+async def test_a_child_that_swallows_its_cancellation_for_ever_costs_a_few_steps_and_not_a_core(
+    clock: ManualClock,
+):
+    async with stage(clock=clock, limits=LIMITS) as it:
         child = Swallower(it, None)
         task_id = await it.launch(child)
         await settle()
 
-        report = await cancel_out_of_patience(it, clock)
+        cancelling = asyncio.create_task(it.flows.cancel_task(task_id, grace=1000))
+        # Each time the loop comes to rest, although the child goes on.
+        await settle()
+        at_once = child.swallowed
+        await climb(clock, LIMITS.kill_after + LIMITS.abandon_after)
+        await soon(cancelling)
 
-        assert (report.cancelled, report.code) == (False, "cancel_pending")
-        assert [task.task_id for task in report.tasks] == [task_id]
-        assert it.runtime.statistics().running_children >= 1
-        assert await ends_of(it.flows, it.flow_id, task_id) == []
-        await it.check_others(is_flow_cancelled=True)
+        assert 1 <= at_once <= 10
+        assert 3 * at_once <= child.swallowed <= 1000
+        await it.check_others()
 
-        child.let_go.set()
-        assert (await soon(it.flows.result(it.flow_id))).status == "cancelled"
-        assert await ends_of(it.flows, it.flow_id, task_id) == ["succeeded"]
+
+async def test_a_child_that_was_given_up_is_asked_no_more(clock: ManualClock):
+    async with stage(clock=clock, limits=LIMITS) as it:
+        child = Swallower(it, None)
+        task_id = await it.launch(child)
+        await settle()
+        cancelling = asyncio.create_task(it.flows.cancel_task(task_id, grace=1000))
+        await settle()
+        await climb(clock, LIMITS.kill_after + LIMITS.abandon_after)
+        await soon(cancelling)
+
+        before = child.swallowed
+        await climb(clock, 20)
+
+        assert child.swallowed == before
+        await it.check_others()
+
+
+async def test_without_the_runtime_such_a_child_does_cost_a_core() -> None:
+    let_go, swallowed = asyncio.Event(), 0
+
+    async def swallows() -> None:
+        nonlocal swallowed
+        while not let_go.is_set():
+            try:
+                await let_go.wait()
+            except asyncio.CancelledError:
+                swallowed += 1
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(swallows)
+        await settle()
+        group.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await turns(1000)
+        let_go.set()
+
+    assert swallowed > 300
+
+
+async def test_a_child_given_up_after_a_cancel_of_its_own_leaves_its_flow_and_siblings_unharmed(
+    clock: ManualClock,
+):
+    async with stage(clock=clock, limits=LIMITS) as it:
+        task_id = await it.launch(Swallower(it, None))
+        await settle()
+
+        cancelling = asyncio.create_task(it.flows.cancel_task(task_id, grace=1000))
+        await settle()
+        await climb(clock, LIMITS.kill_after + LIMITS.abandon_after)
+
+        report = await soon(cancelling)
+        assert report.task
+        assert report.task.failure
+        assert (report.task.status, report.task.failure.kind) == ("cancelled", "abandoned")
+        assert await ends_of(it.flows, it.flow_id, task_id) == ["cancelled"]
+        await it.check_others()
 
 
 async def test_a_child_that_swallows_its_cancellation_three_times_ends_once_it_gives_in(
     clock: ManualClock,
 ):
+    with listening() as heard:
+        async with stage(clock=clock) as it:
+            child = Swallower(it, 3)
+            task_id = await it.launch(child)
+            await settle()
+
+            report = await soon(it.flows.cancel(it.flow_id))
+
+            assert child.swallowed == 3
+            assert report.cancelled
+            [line] = lines_of(report, task_id)
+            assert (line.state, line.status, line.killed_at) == ("settled", "succeeded", None)
+            assert it.runtime.statistics().ignored_stops == 0
+            assert await ends_of(it.flows, it.flow_id, task_id) == ["succeeded"]
+            types = await types_of(it.flows, it.flow_id)
+            assert types.count("flow.cancelled") == types.count("flow.cancel_requested") == 1
+            await it.check_others(is_flow_cancelled=True)
+
+    assert not [line for line in heard if task_id in line]
+
+
+async def test_a_child_that_swallows_more_often_than_it_is_told_at_once_ends_when_it_is_told_again(
+    clock: ManualClock,
+):
     async with stage(clock=clock) as it:
-        task_id = await it.launch(Swallower(it, 3))
+        child = Swallower(it, 20)
+        task_id = await it.launch(child)
         await settle()
 
-        report = await soon(it.flows.cancel(it.flow_id))
+        cancelling = asyncio.create_task(it.flows.cancel(it.flow_id))
+        await settle()
+        assert child.swallowed < 20
+        await climb(clock, 1)
 
-        assert len(it.fired) == 3
-        assert report.cancelled
+        assert (await soon(cancelling)).cancelled
+        assert child.swallowed == 20
         assert await ends_of(it.flows, it.flow_id, task_id) == ["succeeded"]
-        types = await types_of(it.flows, it.flow_id)
-        assert types.count("flow.cancelled") == types.count("flow.cancel_requested") == 1
         await it.check_others(is_flow_cancelled=True)
 
 
@@ -128,18 +278,24 @@ async def test_a_child_past_its_deadline_that_swallows_its_cancellation_times_ou
         await it.check_others()
 
 
-async def test_a_child_that_will_not_stop_is_logged_once(clock: ManualClock):
-    with listening() as heard:
-        async with stage(clock=clock) as it:
-            child = Swallower(it, None)
-            task_id = await it.launch(child)
-            await settle()
-            await cancel_out_of_patience(it, clock)
-            await turns()
-            child.let_go.set()
-            await soon(it.flows.result(it.flow_id))
+@pytest.mark.parametrize("deadline", ["timeout", "idle_timeout"])
+async def test_a_child_past_its_deadline_that_will_not_stop_is_given_up_as_timed_out(
+    clock: ManualClock, deadline: str
+):
+    async with stage(clock=clock, limits=LIMITS) as it:
+        task_id = await it.launch(
+            Swallower(it, None), **{deadline: 2}, retry=Retry(max_attempts=3, initial=1, jitter=0)
+        )
+        await settle()
 
-    assert len([line for line in heard if task_id in line]) == 1
+        await climb(clock, 2 + LIMITS.kill_after + LIMITS.abandon_after + 5)
+
+        # Once, although the policy leaves attempts: its code may still run.
+        assert await ends_of(it.flows, it.flow_id, task_id) == ["timed_out"]
+        task = await task_of(it.flows, task_id)
+        assert task.attempt == 1
+        assert it.runtime.statistics().abandoned == 1
+        await it.check_others()
 
 
 async def test_a_result_that_arrives_after_its_runtime_was_closed_is_dropped_and_run_again(
@@ -255,6 +411,37 @@ async def test_a_child_that_hides_from_its_cancellation_leaves_the_cancel_pendin
         assert (await soon(it.flows.result(it.flow_id))).status == "cancelled"
         assert den.worked == 1
         assert len(await ends_of(it.flows, it.flow_id, task_id)) == 1
+
+
+@pytest.mark.parametrize("hiding", ["shielded_scope", "anyio_thread"])
+async def test_a_child_that_hides_and_does_not_come_out_is_given_up_in_the_end_undisturbed(
+    clock: ManualClock, hiding: str
+):
+    async with stage(clock=clock, limits=LIMITS) as it:
+        den = Den(it)
+
+        async def hides(ctx: TaskContext, given: object) -> None:
+            await getattr(den, hiding)()
+
+        task_id = await it.launch(hides)
+        await until(lambda: den.working)
+        it.fire()
+
+        cancelling = asyncio.create_task(it.flows.cancel(it.flow_id, grace=1000))
+        await settle()
+        await climb(clock, LIMITS.kill_after + LIMITS.abandon_after)
+        report = await soon(cancelling)
+
+        assert report.code == "abandoned"
+        [line] = lines_of(report, task_id)
+        assert (line.state, line.status) == ("abandoned", "cancelled")
+        assert (den.working, den.worked) == (1, 0), "what it has shielded is broken into"
+        await it.check_others(is_flow_cancelled=True)
+
+        den.open()
+        await until(lambda: den.worked)
+        await settle()
+        assert await ends_of(it.flows, it.flow_id, task_id) == ["cancelled"]
 
 
 @pytest.mark.parametrize("hiding", ["shielded_task", "asyncio_thread", "executor"])
@@ -470,7 +657,7 @@ async def test_a_controller_that_waits_for_its_own_flow_is_freed_by_a_cancel():
 ROUNDS = 24
 
 
-@pytest.mark.parametrize("rival", ["deadline", "cancel_task", "cancel", "finish"])
+@pytest.mark.parametrize("rival", ["timeout", "idle_timeout", "cancel_task", "cancel", "finish"])
 async def test_of_a_completion_and_another_end_at_the_same_moment_exactly_one_is_recorded(
     clock: ManualClock, rival: str
 ):
@@ -479,19 +666,17 @@ async def test_of_a_completion_and_another_end_at_the_same_moment_exactly_one_is
         for lead in range(-ROUNDS, ROUNDS):
             flow_id, go = await new_flow(it.flows, status="running"), asyncio.Event()
 
-            async def child(ctx: TaskContext, go: asyncio.Event) -> str:
+            async def child(ctx: TaskContext, given: object, go: asyncio.Event = go) -> str:
                 await go.wait()
                 return "completed"
 
-            def bound(go: asyncio.Event = go) -> Any:
-                return lambda ctx, given: child(ctx, go)
-
-            task_id = await launch(it.flows, flow_id, bound(), timeout=10)
+            deadline = {rival: 10} if rival.endswith("timeout") else {}
+            task_id = await launch(it.flows, flow_id, child, **deadline)
             await settle()
 
             async def end(flow_id: str = flow_id, task_id: str = task_id) -> None:
                 match rival:
-                    case "deadline":
+                    case "timeout" | "idle_timeout":
                         clock.advance(10)
                     case "cancel_task":
                         await it.flows.cancel_task(task_id)
@@ -518,7 +703,54 @@ async def test_of_a_completion_and_another_end_at_the_same_moment_exactly_one_is
             assert stored.result_json == ("completed" if once == "succeeded" else None)
             ends[once] += 1
         it.fire()
-        assert set(ends) == {"succeeded", "timed_out" if rival == "deadline" else "cancelled"}
+        assert set(ends) == {
+            "succeeded",
+            "timed_out" if rival.endswith("timeout") else "cancelled",
+        }
+        await it.check_others()
+
+
+async def test_of_a_start_and_the_deadline_in_the_queue_at_the_same_moment_only_one_comes_about(
+    clock: ManualClock,
+):
+    ends: Counter[str] = Counter()
+    async with stage(clock=clock, limits=Limits(running_children=1)) as it:
+        for lead in range(-ROUNDS, ROUNDS):
+            flow_id, go = await new_flow(it.flows, status="running"), asyncio.Event()
+            begun: list[int] = []
+
+            async def holds(ctx: TaskContext, given: object, go: asyncio.Event = go) -> None:
+                await go.wait()
+
+            async def child(ctx: TaskContext, given: object, begun: list[int] = begun) -> str:
+                begun.append(ctx.attempt)
+                return "completed"
+
+            await launch(it.flows, flow_id, holds)
+            task_id = await launch(it.flows, flow_id, child, queue_timeout=10)
+            await settle()
+
+            # The slot comes free so many rounds of the loop before it is too late, or after.
+            if lead >= 0:
+                go.set()
+                await turns(lead)
+            clock.advance(10)
+            if lead < 0:
+                await turns(-lead)
+                go.set()
+            await soon(it.flows.wait_task(task_id))
+            await settle()
+
+            [once] = await ends_of(it.flows, flow_id, task_id)
+            task = await task_of(it.flows, task_id)
+            if once == "timed_out":
+                assert task.failure
+                assert (task.failure.code, begun) == ("queue", [])
+            else:
+                assert (once, begun) == ("succeeded", [1])
+            ends[once] += 1
+        it.fire()
+        assert set(ends) == {"succeeded", "timed_out"}
         await it.check_others()
 
 

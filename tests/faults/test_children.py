@@ -14,6 +14,7 @@ import anyio
 import pytest
 
 from flowstead import Failed, FlowContext, Registry, Succeeded, TaskContext, open_runtime
+from flowstead.executors import SyncContext
 from tests.faults.support import ends_of, launch, stage, task_of
 from tests.faulty_store import flows_of, new_flow, settle, soon
 from tests.invariants import check_all
@@ -103,16 +104,33 @@ RAISED: dict[str, tuple[Fault, str, str | None]] = {
 }
 
 
+WHERE = ("in the loop", "in a thread")
+
+
+def child_in(where: str, work: Callable[[], object]) -> Any:
+    """A child that does something in the event loop, or in a thread."""
+
+    async def in_the_loop(ctx: TaskContext, given: object) -> object:
+        return work()
+
+    def in_a_thread(ctx: SyncContext, given: object) -> object:
+        return work()
+
+    return in_the_loop if where == "in the loop" else in_a_thread
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize(("fault", "kind", "code"), RAISED.values(), ids=list(RAISED))
 async def test_a_child_that_raises_has_failed_and_nobody_else_notices(
-    db: Path, fault: Fault, kind: str, code: str | None
+    db: Path, fault: Fault, kind: str, code: str | None, where: str
 ):
     async with stage(db) as it:
 
-        async def bad(ctx: TaskContext, given: object) -> object:
+        def work() -> object:
             it.fire()
             return fault()
 
+        bad = child_in(where, work)
         task_id = await it.launch(bad)
         outcome = await soon(it.flows.wait_task(task_id))
 
@@ -200,16 +218,18 @@ RETURNED: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize(("make", "code"), RETURNED.values(), ids=list(RETURNED))
 async def test_a_result_that_cannot_be_kept_is_a_bad_result_and_nothing_of_it_is_written(
-    db: Path, make: Callable[[], object], code: str
+    db: Path, make: Callable[[], object], code: str, where: str
 ):
     async with stage(db) as it:
 
-        async def bad(ctx: TaskContext, given: object) -> object:
+        def work() -> object:
             it.fire()
             return make()
 
+        bad = child_in(where, work)
         task_id = await it.launch(bad)
         outcome = await soon(it.flows.wait_task(task_id))
 

@@ -173,12 +173,8 @@ async def test_a_running_row_without_a_live_attempt_is_reconciled_once_and_then_
     async def waits(ctx: TaskContext, given: object) -> None:
         await asyncio.Event().wait()
 
-    for name, on_restart in (
-        ("passes_late", "retry"),
-        ("passes_once", "lost"),
-        ("unknown", "retry"),
-    ):
-        first.task(waits, name=name, on_restart=on_restart)
+    for name in ("passes_late", "passes_once", "unknown"):
+        first.task(waits, name=name, idempotent=name != "passes_once")
     async with running(db, registry=first) as runtime:
         flows = flows_of(runtime)
         flow_id = await new_flow(flows)

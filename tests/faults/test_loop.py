@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flowstead import Limits, Retry, Succeeded, TaskContext
+from flowstead import Limits, Retry, Succeeded, TaskContext, TimedOut
 from flowstead.testing import ManualClock
-from tests.faults.support import Stage, ends_of, launch, passes, stage, task_of, types_of
-from tests.faulty_store import new_flow, settle, soon
+from tests.faults.support import Stage, ends_of, launch, listening, passes, stage, task_of, types_of
+from tests.faulty_store import new_flow, settle, soon, turns
 
 STALL = 5
 
@@ -182,3 +183,91 @@ async def test_code_that_really_holds_up_the_loop_loses_and_doubles_nothing(
         await soon(it.flows.wait_task(hasty))
         assert await ends_of(it.flows, it.other_id, hasty) == ["timed_out"]
         await it.check_others()
+
+
+# ---- who pays for it -------------------------------------------------------------------------------
+
+CROWD = 100
+DEADLINE = 0.5
+BLOCKED = 1.2
+"""Seconds, and real ones: how long the loop is held up is what the watch over it measures."""
+
+
+def hold_up(until: Callable[[], object]) -> None:
+    """Hold up the event loop, long past the deadlines of all others, and at least until something is so."""
+    began = time.monotonic()
+    while time.monotonic() - began < BLOCKED or not until():
+        assert time.monotonic() - began < 20, "vacuous: it never came to be so"
+        time.sleep(0.01)
+
+
+def told_of(task_id: str, heard: list[str]) -> list[str]:
+    """What was said of stalls in which a child was found at it."""
+    return [line for line in heard if "loop.stalled" in line and f"child {task_id}" in line]
+
+
+async def test_when_one_child_holds_up_the_loop_no_other_times_out_and_it_is_named_meanwhile() -> (
+    None
+):
+    with listening() as heard:
+        async with stage(limits=Limits(stall_seconds=0.1, running_children=CROWD + 10)) as it:
+            begun, named = list[str](), list[str]()
+            all_begun, go = asyncio.Event(), asyncio.Event()
+
+            async def waits(ctx: TaskContext, given: object) -> str:
+                begun.append(ctx.task_id)
+                if len(begun) == CROWD:
+                    all_begun.set()
+                await go.wait()
+                return "in time"
+
+            async def blocks(ctx: TaskContext, given: object) -> str:
+                await all_begun.wait()
+                hold_up(until=lambda: told_of(ctx.task_id, heard))
+                named.extend(told_of(ctx.task_id, heard))
+                it.fire()
+                return "blocked"
+
+            culprit = await it.launch(blocks, timeout=DEADLINE)
+            calls = (
+                launch(it.flows, (it.flow_id, it.other_id)[n % 2], waits, timeout=DEADLINE)
+                for n in range(CROWD)
+            )
+            crowd = await soon(asyncio.gather(*calls), 20)
+            charged = await soon(it.flows.wait_task(culprit), 20)
+            await turns()
+            # What they wait for comes only now, after every timer that fell due meanwhile.
+            go.set()
+            ends = [await soon(it.flows.wait_task(task_id), 20) for task_id in crowd]
+
+            assert [end for end in ends if end != Succeeded("in time")] == []
+            # While it lasted, and not only afterwards: which child, and where it stands.
+            [line] = named
+            assert line.startswith("WARNING")
+            assert "in hold_up" in line
+            assert "blocks" in line
+            assert it.flow_id in line
+            # Who held everybody up is charged for it.
+            assert isinstance(charged, TimedOut)
+            statistics = it.runtime.statistics()
+            assert statistics.loop_stalls >= 1
+            assert statistics.stalled_seconds >= BLOCKED
+            # And a deadline is still one.
+            hangs = await it.launch(forever, timeout=0.05)
+            assert isinstance(await soon(it.flows.wait_task(hangs), 20), TimedOut)
+            await it.check_others()
+
+    assert told_of(culprit, heard) == named, "once for each stall"
+
+
+async def test_with_plain_time_outs_all_of_them_would_have_timed_out() -> None:
+    go = asyncio.Event()
+    crowd = [asyncio.ensure_future(asyncio.wait_for(go.wait(), DEADLINE)) for _ in range(CROWD)]
+    await turns()
+
+    hold_up(until=lambda: True)
+    await turns()
+    go.set()
+    ends = await asyncio.gather(*crowd, return_exceptions=True)
+
+    assert [type(end) for end in ends] == [TimeoutError] * CROWD

@@ -37,7 +37,7 @@ def registry_for(journal: Journal, death: str) -> Registry:
         await asyncio.Event().wait()
 
     registry.task(deadly, name="deadly")
-    registry.task(deadly, name="deadly_once", on_restart="lost")
+    registry.task(deadly, name="deadly_once", idempotent=False)
     registry.task(waits, name="waits")
     return registry
 

@@ -15,7 +15,7 @@ from typing import Final
 FOLDER: Final = Path(__file__).parent / "patches"
 ROOT: Final = Path(__file__).parents[2]
 
-_NAME: Final = re.compile(r"(\d\d)-[a-z0-9-]+\.patch")
+_NAME: Final = re.compile(r"(\d{2,3})-[a-z0-9-]+\.patch")
 
 
 class Misfit(Exception):

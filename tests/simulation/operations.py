@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import msgspec
 
+from flowstead import Nested
+
 if TYPE_CHECKING:
     from tests.simulation.machine import World
 
@@ -88,8 +90,13 @@ _PATCH: Choices = {
 _GRACE: Choices = {"grace": (0.01, 0.01, 1.0, 5.0, 40.0)}
 _DOING = (
     "succeed", "succeed", "nap", "nap", "fail", "fail late", "hang", "hang", "swallow", "stubborn", "progress",
-    "exit", "odd",
+    "exit", "odd", "transient", "transient once", "transient later", "fatal", "denied", "invalid", "review",
+    "review once", "murmur", "deaf", "deaf for a while",
 )  # fmt: skip
+KINDS = (
+    "work", "work", "work", "flaky", "timed", "fragile", "bare", "picky", "quiet", "narrow", "tool", "nested",
+)  # fmt: skip
+_QUEUE_TIMEOUT = (None,) * 6 + (1.0, 4.0)
 
 
 _CATCH_UP_SECONDS = 5.0
@@ -131,9 +138,31 @@ async def _run_task(world: World, call: Call, flows: Any) -> Any:
     args = {name: value for name, value in call.args.items() if name not in ("defect", "bad")}
     if "defect" in call.args:
         args["input_json"] = call.args["bad"]
+    return await flows.run_task(flow_id=call.flow_id, **_runnable(world, args))
+
+
+async def _spawn(world: World, call: Call, flows: Any) -> Any:
+    args = {name: value for name, value in call.args.items() if name not in ("defect", "bad")}
+    if "defect" in call.args:
+        args["input_json"] = call.args["bad"]
+    return await flows.spawn_detached(goal="detached", **_runnable(world, args))
+
+
+def _runnable(world: World, args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with what is to be run in the place of its name."""
+    nested = args.pop("nested", None)
     if args.get("run") == "bare":
-        args["run"] = world.bare
-    return await flows.run_task(flow_id=call.flow_id, **args)
+        args["run"] = world.code.bare
+    elif args.get("run") == "nested":
+        args["run"] = Nested(nested)
+    return args
+
+
+async def _retry_task(world: World, call: Call, flows: Any) -> Any:
+    args = {name: value for name, value in call.args.items() if name not in ("defect", "bad")}
+    if "defect" in call.args:
+        args["input_json"] = call.args["bad"]
+    return await flows.retry_task(call.task_id, **args)
 
 
 async def _find_latest(world: World, call: Call, flows: Any) -> Any:
@@ -196,7 +225,7 @@ OPERATIONS: dict[str, Operation] = {
             "owner": (OWNERS[0], OWNERS[0], OWNERS[1]),
             "controller": (
                 "shop/triage", "shop/triage", "plan", "plan", "raise", "give up", "patient", "bare",
-                "race", "collect", "fall back",
+                "race", "collect", "fall back", "root", "root", "asks", "deaf",
             ),
             "given": (None, None, None, "mine-1", "mine-2"),
             "key": (None, None, None, "K1", "K2"),
@@ -226,7 +255,9 @@ OPERATIONS: dict[str, Operation] = {
          "by": ("id", "owner", "order-1", "prefix", "long prefix", "nonsense")},
         _resolve,
     ),
-    "get_task_summary": Operation(_READ, _of_flow("get_task_summary")),
+    "get_task_summary": Operation(
+        {**_READ, "nested": (None, None, True)}, _of_flow("get_task_summary", "nested")
+    ),
     "list_tasks": Operation(
         {**_READ, "status": (None, None, "running", ("queued", "cancelled"))},
         _of_flow("list_tasks", "status"),
@@ -244,22 +275,48 @@ OPERATIONS: dict[str, Operation] = {
     "run_task": Operation(
         {
             **_FLOW,
-            "kind": ("linked", "linked", "work", "work", "work", "flaky", "timed", "fragile", "bare"),
+            "kind": ("linked", "linked", *KINDS),
             "run_id": (None, None, None, "r1", "r2"),
             "doing": _DOING,
             "begun": ("queued", "running"),
             "input": ("good",) * 6 + ("nan",),
             "retry": (False, False, True),
+            "once": (False,) * 5 + (True,),
+            "queue_timeout": _QUEUE_TIMEOUT,
+            "nested": ("branch", "leaf"),
         },
         _run_task,
         mutates=True,
     ),
+    "spawn_detached": Operation(
+        {
+            "owner": (OWNERS[0], OWNERS[0], OWNERS[1]),
+            "kind": ("linked", *KINDS),
+            "doing": _DOING,
+            "begun": ("queued", "running"),
+            "input": ("good",) * 6 + ("nan",),
+            "retry": (False, False, True),
+            "once": (False,) * 5 + (True,),
+            "queue_timeout": _QUEUE_TIMEOUT,
+            "nested": ("branch", "leaf"),
+        },
+        _spawn,
+        mutates=True,
+    ),
+    "retry_task": Operation(
+        {**_READ_TASK, "input": ("same", "same", "new", "nan")}, _retry_task, mutates=True
+    ),
+    "retry_flow": Operation(_READ, _of_flow("retry_flow"), mutates=True),
     "start_task": Operation(_TASK, _of_task("start_task"), mutates=True),
     "progress_task": Operation(
         {**_TASK, "summary": (True, True, False)}, _of_task("progress_task"), mutates=True
     ),
     "complete_task": Operation(
-        {**_TASK, "result": ("good", "good", "good", "good", "nan", "large")},
+        {
+            **_TASK,
+            "result": ("good", "good", "good", "good", "nan", "large"),
+            "outcome": (None, None, "succeeded", "blocked"),
+        },
         _of_task("complete_task"),
         mutates=True,
     ),
@@ -296,7 +353,8 @@ OPERATIONS: dict[str, Operation] = {
 
 WEIGHTS = {
     "create_managed": 6, "run_task": 9, "set_waiting": 3, "resume": 3, "update": 5, "cancel": 4,
-    "start_task": 2, "complete_task": 3, "progress_task": 2, "get": 3, "list": 2,
+    "start_task": 2, "complete_task": 3, "progress_task": 2, "get": 3, "list": 2, "retry_task": 3,
+    "spawn_detached": 2, "retry_flow": 3, "cancel_task": 2,
 }  # fmt: skip
 WEIGHTED = tuple(name for name in OPERATIONS for _ in range(WEIGHTS.get(name, 1)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 import msgspec
 
 from flowstead.testing import CALM, Faults
-from tests.simulation import checks
+from tests.simulation import checks, scenes
 from tests.simulation.machine import World
 from tests.simulation.model import INTERRUPTIONS, Wrong
 from tests.simulation.operations import Spec, draw
@@ -30,6 +31,7 @@ FAULTS: Final = {
     ),
 }  # fmt: skip
 OPERATIONS: Final = 60
+SCENES: Final = 5
 
 
 class Failed(AssertionError):
@@ -44,15 +46,22 @@ def world_of(seed: int, directory: Path | None = None) -> World:
     return World(seed, shuffle=shuffle, durability=durability, directory=directory)
 
 
-def play(seed: int, directory: Path | None = None) -> World:
+def play(
+    seed: int, directory: Path | None = None, *, scene: Callable[..., int] | None = None
+) -> World:
     """Play a seed's program to its end and check everything; the world comes back closed.
+
+    Args:
+        seed: The world, and what happens in it.
+        directory: Where the real SQLite store keeps its files, instead of a simulated disk.
+        scene: Play this one again and again instead of everything there is.
 
     Raises:
         Failed: Something was wrong; the message has the seed and the end of the world's log.
     """
     with world_of(seed, directory) as world:
         try:
-            _play(world, Random(seed * 7919 + 1), directory)
+            _play(world, Random(seed * 7919 + 1), directory, scene)
         except Exception as error:
             told = "\n".join(world.simulation.log[-12:])
             again = f"FLOWSTEAD_SEED={seed} pytest tests/simulation/test_seeds.py"
@@ -62,14 +71,19 @@ def play(seed: int, directory: Path | None = None) -> World:
     return world
 
 
-def _play(world: World, random: Random, directory: Path | None) -> None:
+def _play(
+    world: World,
+    random: Random,
+    directory: Path | None,
+    scene: Callable[..., int] | None,
+) -> None:
     world.disk.faults = Faults(delay=random.choice((0.0, 0.0, 0.002, 0.02)))
     world.boot()
-    left = OPERATIONS
+    left = OPERATIONS if scene is None else SCENES
     while left > 0:
         if not world.is_up:
             world.boot()
-        left -= _step(world, random)
+        left -= _step(world, random) if scene is None else min(scene(world, random), 1)
         checks.check_standing_still(world)
         if not world.is_up and directory is not None:
             checks.check_file(world, directory)
@@ -93,8 +107,10 @@ def _step(world: World, random: Random) -> int:
         world.ask_the_overtaken(draw(random), draw(random))
         return 2
     chance = random.random()
-    if chance < 0.50:
+    if chance < 0.40:
         return _clients(world, random)
+    if chance < 0.50:
+        return scenes.play(world, random)
     if chance < 0.64:
         world.call(draw(random))
         return 1
@@ -152,7 +168,7 @@ def _fate(world: World, random: Random) -> int:
             world.crash_after(random.randrange(1, 60), power=power)
             world.advance(30.0)
         case "close":
-            _start_work(world, random, "hang")
+            _start_work(world, random, "hang", kind=random.choice(("work", "fragile")))
             if world.is_up:
                 world.close()
                 checks.check_i10_closing_leaves_nobody_waiting(world)
@@ -161,11 +177,11 @@ def _fate(world: World, random: Random) -> int:
     return 0
 
 
-def _start_work(world: World, random: Random, doing: str) -> None:
+def _start_work(world: World, random: Random, doing: str, *, kind: str = "work") -> None:
     """A new flow with one child, which runs from here on, unless the process dies on the way."""
     create, run = (draw(random, op) for op in ("create_managed", "run_task"))
     create[1].update(given=None, key=None, controller="shop/triage")
-    run[1].update(flow=0, whose="own", kind="work", doing=doing, run_id=None, input="good")
+    run[1].update(flow=0, whose="own", kind=kind, doing=doing, run_id=None, input="good")
     for asked in (create, run):
         if world.is_up:
             world.call(asked)

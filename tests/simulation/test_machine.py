@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from flowstead.testing import CALM
-from tests.simulation import checks, programs
+from tests.simulation import checks, programs, scenes
 from tests.simulation.machine import World
 from tests.simulation.operations import OPERATIONS, WEIGHTED
 
@@ -116,6 +117,10 @@ class FlowsMachine(RuleBasedStateMachine):
     def cut_the_power_in_the_middle_of_calls(self, asked: list[Any], steps: int) -> None:
         self.ready().crash_after(steps, power=True)
         self.world.call(*asked)
+
+    @rule(scene=st.sampled_from(scenes.SCENES), seed=st.integers(0, 1_000))
+    def stage(self, scene: Any, seed: int) -> None:
+        scene(self.ready(), Random(seed))
 
     # ---- the world --------------------------------------------------------------------------------
 

@@ -9,23 +9,43 @@ import msgspec
 import pytest
 from msgspec import UNSET
 
-from flowstead import Step, Succeeded, controller
+from flowstead import Step, Succeeded, code_source, controller, verbs
+from flowstead.engine import supervisor
 from flowstead.engine.actor import Actor
+from flowstead.engine.child_scope import ChildScope
 from flowstead.engine.engine import Engine
 from flowstead.engine.feed import Watcher
+from flowstead.engine.slots import Slots
 from flowstead.engine.supervisor import Supervisor
 from flowstead.engine.timers import Timers
+from flowstead.executors import Call
+from flowstead.model.command import Cancel, Create
 from flowstead.model.effect import StartTask
-from flowstead.rules import decide, decide_tasks, endings, follow, recovery
+from flowstead.model.task import TaskStatus
+from flowstead.nested import NestedRunner
+from flowstead.rules import (
+    classify,
+    decide,
+    decide_tasks,
+    endings,
+    follow,
+    ladder,
+    mirror,
+    recovery,
+    review,
+    stops,
+)
 from flowstead.rules.turn import Turn
+from flowstead.rules.view import NOTHING
 from flowstead.scoped import ScopedFlows
 from flowstead.step import Completed
 from flowstead.testing.disk import Disk, SimulatedStore
-from tests.simulation import programs
+from tests.simulation import programs, scenes
 
 MOST_SEEDS = 60
 
 Plant = Callable[[pytest.MonkeyPatch], object]
+Scene = Callable[..., int]
 
 
 def answer_before_the_commit(plant: pytest.MonkeyPatch) -> None:
@@ -103,9 +123,9 @@ def start_code_twice(plant: pytest.MonkeyPatch) -> None:
 
     start = Supervisor._start_task
 
-    def always(self: Supervisor, key: Any, task: Any) -> None:
+    def always(self: Supervisor, key: Any, task: Any, **how: Any) -> None:
         self._children.pop(task.task_id, None)
-        start(self, key, task)
+        start(self, key, task, **how)
 
     plant.setattr(Turn, "effects", twice)
     plant.setattr(Supervisor, "_start_task", always)
@@ -211,11 +231,11 @@ def drop_events_of_slow_watchers(plant: pytest.MonkeyPatch) -> None:
 
 
 def close_without_putting_children_back(plant: pytest.MonkeyPatch) -> None:
-    plant.setattr(Supervisor, "_interrupt", lambda self, key, task: None)
+    plant.setattr(Supervisor, "_interrupt", lambda self, key, task, begun: None)
 
 
 def retry_without_end(plant: pytest.MonkeyPatch) -> None:
-    def no_wait(task: Any, now: int, outcome: Any, chance: float) -> Any:
+    def no_wait(task: Any, now: int, outcome: Any, chance: float, after: float | None) -> Any:
         change, fact = endings.change_task(
             task, now, endings.EventType.TASK_RETRY_SCHEDULED,
             status=endings.TaskStatus.QUEUED, next_attempt_at=None,
@@ -256,6 +276,143 @@ def let_losers_run_on(plant: pytest.MonkeyPatch) -> None:
     plant.setattr(controller, "first", race)
 
 
+def tell_nobody_of_a_review(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(review, "block_on_review", lambda view: NOTHING)
+
+
+def try_what_needs_a_review_after_a_restart(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(recovery, "_fate_of_queued", lambda task, view: (recovery.Fate.LINE_UP, ""))
+
+
+def try_the_hopeless_again(plant: pytest.MonkeyPatch) -> None:
+    def hopeful(error: BaseException, retry: Any, classify: Any = None) -> Any:
+        return msgspec.structs.replace(judge(error, retry, classify), again=True, review=False)
+
+    judge = supervisor.judge
+    plant.setattr(supervisor, "judge", hopeful)
+
+
+def take_no_notice_of_who_wants_to_be_left_alone(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(classify, "retry_after_of", lambda error: None)
+
+
+def do_again_what_must_not_be_done_twice(plant: pytest.MonkeyPatch) -> None:
+    fate_of = recovery.fate_of
+
+    def careless(task: Any, view: Any) -> Any:
+        fate, why = fate_of(task, view)
+        is_lost = fate is recovery.Fate.LOSE and view.has_function(task)
+        return (recovery.Fate.RESTART, why) if is_lost else (fate, why)
+
+    plant.setattr(recovery, "fate_of", careless)
+
+
+def put_back_in_line_what_had_begun(plant: pytest.MonkeyPatch) -> None:
+    release = stops._release
+    plant.setattr(stops, "_release", lambda task, now, *, begun: release(task, now, begun=False))
+
+
+def let_everybody_run(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(Slots, "take", lambda self, key, task: self.hold(key, task) or True)
+
+
+def keep_the_slots_of_those_that_have_ended(plant: pytest.MonkeyPatch) -> None:
+    give_back = Slots.give_back
+
+    def forgetful(self: Slots, task_id: str) -> None:
+        if len(self._held) != 2:
+            give_back(self, task_id)
+
+    plant.setattr(Slots, "give_back", forgetful)
+
+
+def never_climb(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(stops, "task_due_at", _only_of(TaskStatus.QUEUED, stops.task_due_at))
+
+
+def kill_at_once(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(ladder, "kill_at", lambda task, limits: task.cancel_requested_at)
+
+
+def never_start_too_late(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(ladder, "queue_deadline", lambda task: None)
+
+
+def start_what_has_waited_too_long(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(follow, "is_late", lambda task, now: False)
+
+
+def _only_of(status: TaskStatus, due_at: Any) -> Any:
+    return lambda task, limits: due_at(task, limits) if task.status is status else None
+
+
+def hear_no_sign_of_life(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(ChildScope, "touch", lambda self: None)
+
+
+def say_nothing_of_an_interruption(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(code_source, "Call", lambda **given: Call(**{**given, "interrupted": False}))
+
+
+def look_for_nothing_that_was_left_outside(plant: pytest.MonkeyPatch) -> None:
+    fate_of = recovery.fate_of
+
+    def careless(task: Any, view: Any) -> Any:
+        fate, why = fate_of(task, view)
+        to_stop = fate is recovery.Fate.ADOPT_TO_STOP and task.child_flow_id is None
+        return (recovery.Fate.CANCEL, why) if to_stop else (fate, why)
+
+    plant.setattr(recovery, "fate_of", careless)
+
+
+def end_before_the_flow_below(plant: pytest.MonkeyPatch) -> None:
+    async def hasty(self: NestedRunner, end: Any) -> Any:
+        await self._tell(Cancel())
+
+    plant.setattr(NestedRunner, "_cancel", hasty)
+
+
+def end_before_what_the_flow_below_has_left(plant: pytest.MonkeyPatch) -> None:
+    async def hasty(self: NestedRunner) -> None:
+        """Take no notice."""
+
+    plant.setattr(NestedRunner, "_until_quiet", hasty)
+
+
+def pass_no_intent_on(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(ChildScope, "drain", lambda self: None)
+
+
+def adopt_no_flow(plant: pytest.MonkeyPatch) -> None:
+    fate_of = recovery.fate_of
+
+    def careless(task: Any, view: Any) -> Any:
+        fate, why = fate_of(task, view)
+        return (recovery.Fate.KEEP, why) if fate is recovery.Fate.ADOPT else (fate, why)
+
+    plant.setattr(recovery, "fate_of", careless)
+
+
+def begin_again_with_nothing(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(verbs, "Create", lambda *, draft, carried: Create(draft=draft))
+
+
+def follow_no_task(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(mirror, "follow", lambda flow, decision, now: NOTHING)
+
+
+def report_on_children_only(plant: pytest.MonkeyPatch) -> None:
+    async def shallow(*given: Any) -> Any:
+        return [line for line in await settle(*given) if line.depth == 0]
+
+    settle = verbs.settle
+    plant.setattr(verbs, "settle", shallow)
+
+
+def report_that_all_is_well(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(verbs, "_refusal_of", lambda flow, *given, **more: None)
+
+
 PLANTED: tuple[Plant, ...] = (
     answer_before_the_commit,
     take_no_notice_of_revisions,
@@ -282,11 +439,43 @@ PLANTED: tuple[Plant, ...] = (
     hand_out_steps_in_the_order_asked_for,
     let_losers_run_on,
 )
+IN_A_SCENE: tuple[tuple[Plant, Scene], ...] = (
+    (tell_nobody_of_a_review, scenes.review),
+    (try_what_needs_a_review_after_a_restart, scenes.review),
+    (try_the_hopeless_again, scenes.fail),
+    (take_no_notice_of_who_wants_to_be_left_alone, scenes.fail),
+    (hear_no_sign_of_life, scenes.fail),
+    (do_again_what_must_not_be_done_twice, scenes.rush_for_slots),
+    (put_back_in_line_what_had_begun, scenes.rush_for_slots),
+    (let_everybody_run, scenes.rush_for_slots),
+    (keep_the_slots_of_those_that_have_ended, scenes.rush_for_slots),
+    (never_start_too_late, scenes.rush_for_slots),
+    (start_what_has_waited_too_long, scenes.rush_for_slots),
+    (never_climb, scenes.ladder),
+    (kill_at_once, scenes.ladder),
+    (report_that_all_is_well, scenes.ladder),
+    (say_nothing_of_an_interruption, scenes.programs),
+    (look_for_nothing_that_was_left_outside, scenes.programs),
+    (end_before_the_flow_below, scenes.tree),
+    (end_before_what_the_flow_below_has_left, scenes.tree),
+    (pass_no_intent_on, scenes.tree),
+    (adopt_no_flow, scenes.tree),
+    (report_on_children_only, scenes.tree),
+    (begin_again_with_nothing, scenes.again),
+    (follow_no_task, scenes.detached),
+)
+"""Faults with the play in which they show, as chance alone would stage it too seldom."""
 
 
-def play_all() -> None:
+def play_all(scene: Scene | None = None) -> None:
     for seed in range(MOST_SEEDS):
-        programs.play(seed)
+        programs.play(seed, scene=scene)
+
+
+def check_found(found: pytest.ExceptionInfo[programs.Failed]) -> None:
+    """It was what was planted, and not how."""
+    assert not isinstance(found.value.__cause__, (AttributeError, TypeError))
+    assert "TypeError" not in str(found.value)
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=[plant.__name__ for plant in PLANTED])
@@ -296,4 +485,18 @@ def test_a_planted_fault_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(programs.Failed) as found:
         play_all()
 
-    assert not isinstance(found.value.__cause__, (AttributeError, TypeError))
+    check_found(found)
+
+
+@pytest.mark.parametrize(
+    ("plant", "scene"), IN_A_SCENE, ids=[plant.__name__ for plant, _ in IN_A_SCENE]
+)
+def test_a_fault_planted_in_a_scene_is_found(
+    plant: Plant, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+
+    with pytest.raises(programs.Failed) as found:
+        play_all(scene)
+
+    check_found(found)

@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from flowstead.errors import SnapshotUnreadable
 from flowstead.model.flow import Failure, Flow, FlowKey, FlowStatus, StoredFlow
-from flowstead.model.retry import Retry
+from flowstead.model.retry import Category, Retry
 from flowstead.model.task import Launch, OnRestart, StoredTask, Task, TaskStatus
 from flowstead.store import codec, schema
 from flowstead.store.port import FlowQuery, Scope, Snapshot
@@ -38,17 +38,31 @@ def full_flow() -> StoredFlow:
         blocked_task_id="t",
         blocked_summary="why",
         cancel_requested_at=NOW,
+        cancel_started_at=NOW,
         parent_task_id="p",
-        failure=Failure(kind="exception", code="ValueError", message="no"),
+        retry_of="f",
+        failure=Failure(kind="exception", code="ValueError", message="no", category=Category.AUTH),
         idempotency_key="once",
         request_digest="d",
+        depth=2,
+        root_id="r",
     )
 
 
 def full_task() -> StoredTask:
     """A child with every field set."""
     launch = Launch(
-        function="f", on_restart=OnRestart.LOST, retry=Retry(max_attempts=2), group="g", limit=3
+        executor="command",
+        spec=Raw(b'{"argv":["ls"]}'),
+        external=True,
+        holds_slot=False,
+        depth=3,
+        root_id="r",
+        function="f",
+        on_restart=OnRestart.LOST,
+        retry=Retry(max_attempts=2, retry_on=(ConnectionError, "auth")),
+        group="g",
+        limit=3,
     )
     return msgspec.structs.replace(
         task_of(8, full_flow(), "task", status=TaskStatus.FAILED),
@@ -60,6 +74,12 @@ def full_task() -> StoredTask:
         max_attempts=3,
         next_attempt_at=NOW,
         timeout=1.5,
+        idle_timeout=2.5,
+        queue_timeout=3.5,
+        child_flow_id="c",
+        review_requested_at=NOW,
+        cancel_requested_at=NOW,
+        kill_requested_at=NOW,
         result_json=Raw(b"null"),
         failure=Failure(kind="timed_out"),
         progress_summary="p",
@@ -93,7 +113,7 @@ def test_the_columns_say_what_the_record_says() -> None:
     flow, task = full_flow(), full_task()
 
     row = codec.flow_row(flow, codec.encode(flow), due_at=5, expected_revision=0)
-    child = codec.task_row(task, fresh=True)
+    child = codec.task_row(task, due_at=task.next_attempt_at, fresh=True)
     line = codec.event_row(7, codec.read_event(event_of(flow, 3).doc.encode(), 0))
 
     assert row[:-2] == (7, "alice", "flow", "k", "c", "once", "failed", NOW, 5, 1)

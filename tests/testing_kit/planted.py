@@ -155,7 +155,7 @@ def an_update_that_counts_again_when_entered_again(sim: Simulation, mended: bool
 def a_task_that_charges_again_when_it_is_started_again(sim: Simulation, mended: bool) -> None:
     bank, registry = Bank(), Registry()
 
-    @registry.task(on_restart="retry")
+    @registry.task
     async def charge(ctx: TaskContext, order: str) -> str:
         return await bank.charge(ctx.task_id if mended else None)
 

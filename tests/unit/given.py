@@ -9,13 +9,13 @@ import msgspec
 from msgspec import Raw
 
 from flowstead.model import command as c
-from flowstead.model.flow import FlowStatus, NotifyPolicy, StoredFlow, SyncMode
+from flowstead.model.flow import Failure, FlowStatus, NotifyPolicy, StoredFlow, SyncMode
 from flowstead.model.limits import Limits
-from flowstead.model.retry import Retry
+from flowstead.model.retry import Category, Retry
 from flowstead.model.task import DeliveryStatus, Launch, StoredTask, TaskStatus
 from flowstead.rules.children import Children
 from flowstead.rules.turn import Turn
-from flowstead.rules.view import View
+from flowstead.rules.view import Boundless, Room, View
 
 NOW = 1_700_000_000_000
 CREATED_AT = NOW - 60_000
@@ -103,6 +103,8 @@ def a_view(
     closing: bool = False,
     functions: Container[str] = frozenset({"work"}),
     bound: Container[str] = (),
+    executors: Container[str] = frozenset({"command", "flow"}),
+    room: Room | None = None,
     lined_up: Iterable[str] = (),
 ) -> View:
     children = Children()
@@ -121,6 +123,8 @@ def a_view(
         closing=closing,
         functions=functions,
         bound=bound,
+        executors=executors,
+        room=Boundless() if room is None else room,
     )
 
 
@@ -130,6 +134,33 @@ def a_turn(view: View, last_seq: int = 0) -> Turn:
 
 def retrying(max_attempts: int = 3, **fields: Any) -> Launch:
     return Launch(function="work", retry=Retry(max_attempts=max_attempts, jitter=0.0), **fields)
+
+
+def a_command(**fields: Any) -> Launch:
+    """How a child that is a program is run: something of it may outlive our process."""
+    spec = Raw(b'{"argv":["ls"]}')
+    return Launch(**{"executor": "command", "spec": spec, "external": True} | fields)
+
+
+def a_nested(**fields: Any) -> Launch:
+    """How a child that stands for a flow is run."""
+    spec = Raw(b'{"controllerId":"inner"}')
+    given = {"executor": "flow", "spec": spec, "external": True, "holds_slot": False}
+    return Launch(**given | fields)
+
+
+def in_review(task_id: str = "reviewed", **fields: Any) -> StoredTask:
+    """A child that waits for a person's eyes."""
+    given: dict[str, Any] = {
+        "attempt": 1,
+        "started_at": CREATED_AT,
+        "run_id": "step",
+        "failure": Failure(
+            kind="exception", message="NeedsReview: odd", category=Category.VALIDATION
+        ),
+        "review_requested_at": NOW - 100,
+    }
+    return a_launched(task_id, TaskStatus.QUEUED, **given | fields)
 
 
 def book(view: View) -> dict[str, StoredTask]:

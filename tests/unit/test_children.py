@@ -11,9 +11,11 @@ from flowstead.model.flow import Failure
 from flowstead.model.task import Cancelled, Launch, TaskStatus, is_active
 from flowstead.rules import endings
 from flowstead.rules.children import Children
+from flowstead.rules.view import Boundless
 from tests.unit.given import NOW, a_launched, a_linked, with_fields
 
 GROUPS = {"": None, "map": 2, "one": 1}
+ROOM = Boundless().take
 
 
 def child(task_id: str, group: str, status: TaskStatus = TaskStatus.QUEUED):
@@ -40,7 +42,7 @@ def test_books_share_nothing() -> None:
     one.line_up("a")
 
     assert not (other.active or other.run_ids)
-    assert list(other.next_startable(5)) == []
+    assert list(other.next_startable(5, ROOM)) == []
 
 
 def test_lining_up_twice_or_lining_up_a_stranger_changes_nothing() -> None:
@@ -91,7 +93,7 @@ def test_launched_children_come_oldest_first_and_linked_ones_not_at_all() -> Non
 
 def started(book: Children, limit: int):
     found = []
-    for task in book.next_startable(limit):
+    for task in book.next_startable(limit, ROOM):
         running, _ = endings.start(task, NOW)
         book.put(running)
         found.append(running)

@@ -7,8 +7,8 @@ crashes. After every turn the promises are checked over the whole history.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import msgspec
 from hypothesis import HealthCheck, Phase, given, settings
@@ -24,8 +24,19 @@ from msgspec import UNSET, Raw
 
 from flowstead.model import command as c
 from flowstead.model.code import Code, Refusal
-from flowstead.model.effect import StartController, StartTask, StopController, StopTask
-from flowstead.model.event import Event
+from flowstead.model.effect import (
+    AbandonController,
+    AbandonTask,
+    DrainTask,
+    Effect,
+    KillTask,
+    StartController,
+    StartTask,
+    StopController,
+    StopReason,
+    StopTask,
+)
+from flowstead.model.event import Event, EventType
 from flowstead.model.flow import Failure, FlowStatus, StoredFlow, SyncMode, has_ended
 from flowstead.model.limits import Limits
 from flowstead.model.retry import Retry
@@ -38,14 +49,27 @@ from flowstead.model.task import (
     StoredTask,
     Succeeded,
     TaskStatus,
+    TerminalOutcome,
     TimedOut,
     is_active,
+    is_bare,
 )
 from flowstead.rules.children import Children
 from flowstead.rules.decide import decide
 from flowstead.rules.turn import Taken, Turn
 from flowstead.rules.view import View
-from tests.unit.given import ENDED, LIVE, NOW, a_flow, a_launched, a_linked, a_view
+from tests.unit.given import (
+    CREATED_AT,
+    ENDED,
+    LIVE,
+    NOW,
+    a_command,
+    a_flow,
+    a_launched,
+    a_linked,
+    a_nested,
+    a_view,
+)
 
 PROFILE = settings(
     deadline=None,
@@ -54,9 +78,17 @@ PROFILE = settings(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-LIMITS = Limits(running_children=2, active_children=12, interruptions=2, cancel_grace=60.0)
+LIMITS = Limits(
+    running_children=2,
+    active_children=12,
+    interruptions=2,
+    cancel_grace=60.0,
+    kill_after=5.0,
+    abandon_after=25.0,
+)
 GROUP_LIMITS = {"": 2, "map": 1}
 FUNCTIONS = frozenset({"work"})
+EXECUTORS = frozenset({"command", "flow"})
 
 BROKEN = c.Defect(Code.INVALID_STATE, "state_json is nan. Nothing was written.")
 OUTCOMES = {
@@ -65,6 +97,8 @@ OUTCOMES = {
     "timed_out": TimedOut(Failure(kind="timed_out")),
     "cancelled": Cancelled(Failure(kind="cancelled")),
     "lost": Lost(Failure(kind="lost")),
+    "odd": Failed(Failure(kind="exception", message="NeedsReview: odd")),
+    "hopeless": Failed(Failure(kind="exception", message="Fatal: never")),
 }
 
 small = st.integers(0, 5)
@@ -73,15 +107,23 @@ states = st.one_of(st.just(UNSET), json_values, json_values, st.just(BROKEN))
 steps = st.sampled_from([UNSET, None, "classify", "send"])
 patches = st.builds(c.Patch, current_step=steps, state_json=states)
 blockers = st.sampled_from([None, None, "t-9"])
+POLICIES: list[Retry | None] = [
+    None,
+    Retry(max_attempts=2, initial=0.0),
+    Retry(max_attempts=3, jitter=0.0),
+]
+# What must not be done twice has no policy.
+careful = st.one_of(
+    st.fixed_dictionaries(
+        {"on_restart": st.just(OnRestart.RETRY), "retry": st.sampled_from(POLICIES)}
+    ),
+    st.just({"on_restart": OnRestart.LOST}),
+)
 launched = st.one_of(
     st.builds(
-        Launch,
-        function=st.sampled_from(["work", "work", None]),
-        on_restart=st.sampled_from(OnRestart),
-        retry=st.sampled_from(
-            [None, Retry(max_attempts=2, initial=0.0), Retry(max_attempts=3, jitter=0.0)]
-        ),
-        group=st.none(),
+        lambda function, fields: Launch(function=function, **fields),
+        st.sampled_from(["work", "work", None]),
+        careful,
     ),
     st.builds(
         Launch,
@@ -90,6 +132,8 @@ launched = st.one_of(
         group=st.just("map"),
         limit=st.just(1),
     ),
+    st.builds(lambda fields: a_command(**fields), careful),
+    st.builds(a_nested),
 )
 launches = st.one_of(launched, launched, st.none())
 
@@ -109,12 +153,19 @@ ending_specs = st.one_of(
     st.tuples(st.just("request_cancel"), stale, st.none(), st.none(), st.none()),
 )
 code_ends = st.tuples(
-    st.just("code_ends"), small, st.sampled_from(["succeeded", "failed", "failed", "timed_out"])
+    st.just("code_ends"),
+    small,
+    st.sampled_from(["succeeded", "failed", "failed", "timed_out", "odd", "odd", "hopeless"]),
 )
+patience = st.lists(st.sampled_from([4, 5, 6, 24, 25, 31, 61]), max_size=4)
 additions = st.tuples(
     st.just("add"),
     st.lists(
-        st.tuples(launches, st.sampled_from([None, None, "r1", "r2", "r3"])),
+        st.tuples(
+            launches,
+            st.sampled_from([None, None, "r1", "r2", "r3"]),
+            st.sampled_from([None, None, 30.0]),
+        ),
         min_size=1,
         max_size=4,
     ),
@@ -125,9 +176,13 @@ child_specs = st.one_of(
     st.tuples(st.just("progress"), small, st.sampled_from([UNSET, None, "half"])),
     st.tuples(st.just("linked_end"), small, st.sampled_from(sorted(OUTCOMES))),
     st.tuples(st.just("late_end"), small, st.integers(0, 4), st.sampled_from(sorted(OUTCOMES))),
+    st.tuples(st.just("dead_end"), small, st.sampled_from(sorted(OUTCOMES))),
     st.tuples(st.just("cancel_task"), small),
+    st.tuples(st.just("retry_task"), small, st.sampled_from([UNSET, UNSET, Raw(b"2"), BROKEN])),
+    st.tuples(st.just("answer"), small),
     code_ends,
     code_ends,
+    st.tuples(st.just("wake")),
     st.tuples(st.just("tick")),
     st.tuples(st.just("enter")),
     st.tuples(st.just("release"), small),
@@ -149,6 +204,20 @@ FLOW_OPERATIONS: dict[str, Callable[..., c.Command]] = {
 }
 
 
+PLAYED: Counter[str] = Counter()
+"""What has happened in all worlds together: a machine that plays nothing proves nothing."""
+
+
+class Gate:
+    """Slots of the whole runtime, as one flow sees them: there is room, or there is none."""
+
+    open = True
+
+    def take(self, task: StoredTask) -> bool:
+        assert task.launch is not None
+        return self.open or not task.launch.holds_slot
+
+
 class World:
     """One flow, and an engine that does what effects say and nothing else."""
 
@@ -158,7 +227,12 @@ class World:
         self.controllers = controllers
         self.now = NOW
         self.code: dict[str, int] = {}  # task id to the attempt whose code runs
-        self.asked_to_stop: set[str] = set()
+        self.asked_to_stop: dict[str, StopReason] = {}
+        self.killed: set[str] = set()
+        self.drained: set[str] = set()
+        self.given_up: dict[str, int] = {}  # task id to the attempt whose code nobody waits for
+        self.begun: Counter[str] = Counter()  # how often code of a child has begun
+        self.room = Gate()
         self.bound: set[str] = set()
         self.driven = False
         self.closing = False
@@ -195,13 +269,28 @@ class World:
                     return c.Tick()
                 task_id = running[rest[0] % len(running)]
                 reported.add(task_id)
-                outcome = "cancelled" if task_id in self.asked_to_stop else rest[1]
+                outcome = self.came_to(task_id, rest[1])
                 return c.EndReport(
                     task_id=task_id,
                     outcome=OUTCOMES[outcome],
                     attempt=self.code[task_id],
                     result=Raw(b"7") if outcome == "succeeded" else UNSET,
+                    again=outcome not in {"odd", "hopeless"},
+                    review=outcome == "odd",
+                    retry_after=2.5 if outcome == "failed" else None,
                 )
+            case "dead_end":
+                task_id = self.someone(rest[0])
+                attempt = self.given_up.get(task_id, -1)
+                return c.EndReport(task_id=task_id, outcome=OUTCOMES[rest[1]], attempt=attempt)
+            case "retry_task":
+                return c.RetryTask(task_id=self.someone(rest[0]), input_json=rest[1])
+            case "answer":
+                waiting = list(self.children.in_review)
+                chosen = waiting[rest[0] % len(waiting)] if waiting else "nobody"
+                return c.RetryTask(task_id=chosen)
+            case "wake":
+                return c.Wake()
             case "enter":
                 return c.EnterController()
             case "release":
@@ -213,7 +302,16 @@ class World:
         known = sorted(self.every)
         return known[n * 7 % len(known)] if known else "nobody"
 
-    def draft(self, launch: Launch | None, run_id: str | None) -> c.TaskDraft:
+    def came_to(self, task_id: str, outcome: str) -> str:
+        """How code ends that may have been asked to stop, and may have heard of it."""
+        reason = self.asked_to_stop.get(task_id)
+        if reason is None or (outcome == "succeeded" and reason is not StopReason.INTERRUPTED):
+            return outcome
+        return "lost" if reason is StopReason.INTERRUPTED else "cancelled"
+
+    def draft(
+        self, launch: Launch | None, run_id: str | None, queue_timeout: float | None
+    ) -> c.TaskDraft:
         self._next += 1
         return c.TaskDraft(
             key=self._next,
@@ -222,6 +320,8 @@ class World:
             task="work",
             run_id=run_id,
             status=TaskStatus.QUEUED,
+            queue_timeout=queue_timeout,
+            child_flow_id=f"inner-{self._next}" if launch and launch.executor == "flow" else None,
             launch=launch,
         )
 
@@ -239,13 +339,15 @@ class World:
             closing=self.closing,
             functions=FUNCTIONS,
             bound=self.bound,
+            executors=EXECUTORS,
+            room=self.room,
         )
 
     def turn(self, made: list[Spec | c.Command]) -> list[tuple[c.Command, Taken]]:
         """Fold commands as the engine would, check each, then carry out what they ask for."""
         for command in made:
             if isinstance(command, c.AddTasks):
-                bare = [d for d in command.drafts if d.launch and d.launch.function is None]
+                bare = [d for d in command.drafts if d.launch and is_bare(d.launch)]
                 self.bound.update(draft.run_id or draft.task_id for draft in bare)
         view = self.view()
         turn = Turn(view, len(self.history))
@@ -257,13 +359,25 @@ class World:
             answers.append((command, self._take(turn, view, command)))
         effects = turn.effects()
         if intended or (view.flow is not None and has_ended(view.flow)):
-            assert not any(isinstance(effect, StartTask) for effect in effects)
+            # Only what may have left something outside is begun, so that it can be seen to and stopped.
+            for effect in effects:
+                if isinstance(effect, StartTask):
+                    assert effect.task.launch is not None
+                    assert effect.task.launch.external
+                    assert effect.adopted or not intended
         if self.closing:
             assert not any(isinstance(effect, StartTask) for effect in effects)
         self.history += turn.events
+        PLAYED.update(event.type for event in turn.events)
+        PLAYED.update(type(effect).__name__ for effect in effects)
+        PLAYED.update(
+            f"adopted {effect.task.launch.executor}"
+            for effect in effects
+            if isinstance(effect, StartTask) and effect.adopted and effect.task.launch
+        )
         for task_id in reported:
             del self.code[task_id]
-            self.asked_to_stop.discard(task_id)
+            self.asked_to_stop.pop(task_id, None)
         self._carry_out(effects)
         return answers
 
@@ -328,35 +442,65 @@ class World:
             if before.cancel_requested_at is not None:
                 assert after.attempt == before.attempt, "started again although asked to stop"
                 assert after.status is not TaskStatus.QUEUED
+                assert after.cancel_requested_at == before.cancel_requested_at
+            if before.kill_requested_at is not None:
+                assert after.kill_requested_at is not None
+            if is_active(after) and after.kill_requested_at is not None:
+                assert after.cancel_requested_at is not None
+        if after.review_requested_at is not None:
+            assert after.status is TaskStatus.QUEUED
+            assert after.next_attempt_at is None
+            assert after.launch is not None
         assert (after.ended_at is None) == (after.status in {TaskStatus.QUEUED, TaskStatus.RUNNING})
         self.every[task_id] = after
 
     def _carry_out(self, effects: list[Any]) -> None:
         for effect in effects:
             match effect:
-                case StartTask(task):
-                    if not self.closing:
+                case StartTask(task, adopted):
+                    assert not self.closing
+                    if self.code.get(task.task_id) != task.attempt:
+                        self.begun[task.task_id] += not adopted
                         self.code[task.task_id] = task.attempt
-                        self.asked_to_stop.discard(task.task_id)
-                case StopTask(task_id):
+                        self.asked_to_stop.pop(task.task_id, None)
+                        self.drained.discard(task.task_id)
+                case StopTask(task_id, reason):
                     if task_id in self.code:
-                        self.asked_to_stop.add(task_id)
+                        self.asked_to_stop.setdefault(task_id, reason)
+                case KillTask(task_id):
+                    if task_id in self.code:
+                        assert task_id in self.asked_to_stop, "killed without having been asked"
+                        self.killed.add(task_id)
+                case AbandonTask(task_id):
+                    if task_id in self.code:
+                        assert task_id in self.killed, "given up without having been killed"
+                        self.given_up[task_id] = self.code.pop(task_id)
+                case DrainTask(task_id):
+                    assert self.every[task_id].child_flow_id is not None
+                    self.drained.add(task_id)
+                case AbandonController():
+                    # Once for each command of the turn that finds it still there; the first one counts.
+                    if self.driven:
+                        self.driven = False
+                        self.turn([c.ControllerStopped()])
                 case StartController():
                     self.driven = self.driven or not self.closing
                 case StopController():
                     assert self.driven
 
-    def reload(self) -> None:
-        """Begin again from what is stored, as after a restart."""
+    def reload(self, mail: Sequence[Spec] = ()) -> None:
+        """Begin again from what is stored, as after a restart; what brought it back to memory comes first."""
         self.code.clear()
         self.bound.clear()
         self.asked_to_stop.clear()
+        self.killed.clear()
+        self.drained.clear()
         self.driven = self.closing = False
         self.children = Children.of(
             [task for task in self.every.values() if is_active(task)],
             [(t.run_id, t.task_id) for t in self.every.values() if t.run_id is not None],
         )
-        self.turn([c.Recover()])
+        self.turn([*mail, c.Recover()])
 
 
 def replayed(history: list[Event]) -> dict[str, Any]:
@@ -379,6 +523,16 @@ def stored(flow: StoredFlow) -> dict[str, Any]:
     }
 
 
+def a_carried(n: int) -> StoredTask:
+    return a_linked(
+        f"carried{n}",
+        TaskStatus.SUCCEEDED,
+        run_id=f"r{n}",
+        ended_at=CREATED_AT,
+        terminal_outcome=TerminalOutcome.SUCCEEDED,
+    )
+
+
 def fresh_flow(status: FlowStatus = FlowStatus.QUEUED) -> StoredFlow:
     return a_flow(status, revision=0, created_at=NOW, updated_at=NOW)
 
@@ -390,12 +544,14 @@ class FlowMachine(RuleBasedStateMachine):
         registered=st.booleans(),
         status=st.sampled_from([FlowStatus.QUEUED, FlowStatus.WAITING]),
         first=additions,
+        carried=st.integers(0, 2),
     )
-    def create(self, registered: bool, status: FlowStatus, first: Spec) -> None:
+    def create(self, registered: bool, status: FlowStatus, first: Spec, carried: int) -> None:
         controllers = frozenset({"triage"}) if registered else frozenset[str]()
         self.turns = 0
         self.world = World(None, controllers=controllers)
-        self.world.turn([c.Create(draft=fresh_flow(status)), first])
+        begins_with = tuple(a_carried(n) for n in range(carried))
+        self.world.turn([c.Create(draft=fresh_flow(status), carried=begins_with), first])
 
     @rule(made=st.lists(specs, min_size=1, max_size=4))
     def turn(self, made: list[Spec]) -> None:
@@ -425,6 +581,42 @@ class FlowMachine(RuleBasedStateMachine):
         self.world.now += seconds * 1000
         self.world.turn([c.Tick()])
 
+    def wait(self, seconds: list[int]) -> None:
+        for some in seconds:
+            self.world.now += some * 1000
+            self.world.turn([c.Tick()])
+
+    @precondition(lambda self: self.world.code)
+    @rule(n=small, patience=patience)
+    def a_child_is_asked_to_stop_and_takes_its_time(self, n: int, patience: list[int]) -> None:
+        running = sorted(self.world.code)
+        self.world.turn([c.CancelTask(task_id=running[n % len(running)])])
+        self.wait(patience)
+
+    @precondition(lambda self: self.turns > 2 and (self.world.code or self.world.driven))
+    @rule(
+        end=st.sampled_from(["cancel", "request_cancel", "request_cancel", "finish", "fail"]),
+        patience=patience,
+    )
+    def an_end_is_asked_for_and_code_takes_its_time(self, end: str, patience: list[int]) -> None:
+        self.world.turn([(end, False, c.Patch(), None, None)])
+        self.wait(patience)
+
+    def has_flows_below(self) -> bool:
+        return any(self.world.every[task_id].child_flow_id for task_id in self.world.code)
+
+    @precondition(lambda self: self.turns > 4 and self.has_flows_below())
+    @rule(patience=patience)
+    def an_intent_reaches_the_flows_below(self, patience: list[int]) -> None:
+        self.world.turn([("request_cancel", False, None, None, None)])
+        self.wait(patience)
+
+    @rule(is_open=st.booleans())
+    def room_in_the_runtime_comes_and_goes(self, is_open: bool) -> None:
+        self.world.room.open = is_open
+        if is_open:
+            self.world.turn([c.Wake()])
+
     @rule()
     def clock_is_set_back(self) -> None:
         self.world.now -= 10_000
@@ -442,9 +634,9 @@ class FlowMachine(RuleBasedStateMachine):
         }
         self.world.turn([commands[end]])
 
-    @rule()
-    def crash(self) -> None:
-        self.world.reload()
+    @rule(mail=st.lists(specs, max_size=2))
+    def crash(self, mail: list[Spec]) -> None:
+        self.world.reload(mail)
 
     @rule()
     def loading_an_idle_flow_again_changes_nothing(self) -> None:
@@ -472,11 +664,18 @@ class FlowMachine(RuleBasedStateMachine):
         running = {task_id: world.every[task_id] for task_id in world.code}
         world.closing = True
         world.turn([*made])
-        world.turn([c.ReleaseTasks(task_ids=tuple(world.code))])
+        world.turn([c.ReleaseTasks(task_ids=tuple(world.code), begun=frozenset(world.code))])
         for task_id in world.code:
             released = world.every[task_id]
+            assert released.launch is not None
+            if released.child_flow_id is not None:
+                assert released.status is TaskStatus.RUNNING, "its flow goes on"
+                continue
             if released.cancel_requested_at is not None:
                 assert released.status is TaskStatus.CANCELLED
+                continue
+            if released.launch.on_restart is OnRestart.LOST and not is_bare(released.launch):
+                assert released.status is TaskStatus.LOST, "it must not be done twice"
                 continue
             assert released.status is TaskStatus.QUEUED
             assert released.attempt == running[task_id].attempt - 1
@@ -518,6 +717,63 @@ class FlowMachine(RuleBasedStateMachine):
                 assert not (over and task.launch is not None)
 
     @invariant()
+    def a_flow_with_a_review_is_blocked_by_one_that_nobody_has_answered(self) -> None:
+        world, flow = self.world, self.world.flow
+        assert flow is not None
+        in_review = {i for i, t in world.every.items() if t.review_requested_at is not None}
+        assert set(world.children.in_review) == in_review
+        if has_ended(flow) or flow.cancel_requested_at is not None:
+            assert not in_review
+        elif in_review:
+            assert flow.status is FlowStatus.BLOCKED
+        if flow.status is FlowStatus.BLOCKED and not flow.cancel_requested_at:
+            named = flow.blocked_task_id
+            assert named == "t-9" or named in in_review
+
+    @invariant()
+    def nothing_is_tried_more_often_than_its_policy_and_people_allow(self) -> None:
+        asked = Counter(
+            event.task_id for event in self.world.history if event.type == "task.retry_requested"
+        )
+        for task_id, task in self.world.every.items():
+            assert task.attempt >= task.interruptions or task.launch is None
+            assert task.attempt - task.interruptions <= task.max_attempts + asked[task_id]
+            launch = task.launch
+            if launch and launch.on_restart is OnRestart.LOST and not is_bare(launch):
+                assert self.world.begun[task_id] <= 1 + asked[task_id], "done twice"
+
+    @invariant()
+    def the_rungs_of_a_stop_only_climb(self) -> None:
+        rungs = ("task.cancel_requested", "task.kill_requested", "task.ended")
+        climbed: dict[str | None, int] = {}
+        for event in self.world.history:
+            if event.type in rungs:
+                rung, before = rungs.index(event.type), climbed.get(event.task_id, -1)
+                # The last rung begins anew when the next process takes over what it finds there.
+                assert rung > before or event.type == "task.kill_requested"
+                assert event.type != "task.kill_requested" or before in (0, 1)
+                climbed[event.task_id] = rung
+
+    @invariant()
+    def an_intent_is_passed_on_to_the_flows_below(self) -> None:
+        world, flow = self.world, self.world.flow
+        assert flow is not None
+        if has_ended(flow) or flow.cancel_requested_at is None:
+            return
+        for task_id in world.code:
+            if world.every[task_id].child_flow_id is not None:
+                assert task_id in world.drained or task_id in world.asked_to_stop
+
+    @invariant()
+    def what_is_asked_to_stop_is_on_record_and_the_other_way_round(self) -> None:
+        for task_id in self.world.code:
+            asked = self.world.asked_to_stop.get(task_id)
+            stamped = self.world.every[task_id].cancel_requested_at is not None
+            # What is only seen to after a crash is stopped on nobody's wish; somebody may wish it later.
+            if asked is not StopReason.INTERRUPTED:
+                assert stamped == (asked is not None)
+
+    @invariant()
     def no_group_runs_more_than_its_limit(self) -> None:
         running = Counter(
             task.launch.group or ""
@@ -551,11 +807,18 @@ class FlowMachine(RuleBasedStateMachine):
         assert dict(self.world.children.active) == active
 
     def teardown(self) -> None:
-        """However it stands: a cancel ends it, once its code has gone."""
+        """However it stands: a cancel ends it, once its code has gone or been given up."""
         if not hasattr(self, "world"):
             return
         world = self.world
+        over = world.flow is not None and has_ended(world.flow)
         world.turn([c.Cancel()])
+        if self.turns % 2:
+            # An hour for each rung, whatever was done to the clock.
+            self.wait([3600, 3600, 3600])
+            nested = {i for i in world.code if world.every[i].child_flow_id is not None}
+            assert nested == world.code.keys(), "it should have been given up"
+            assert not world.driven or nested or over
         for _ in range(30):
             if not (world.code or world.driven):
                 break
@@ -571,7 +834,16 @@ class FlowMachine(RuleBasedStateMachine):
         self.history_tells_the_whole_flow()
 
 
-TestFlow = FlowMachine.TestCase
+class TestFlow(FlowMachine.TestCase):
+    def runTest(self) -> None:
+        super().runTest()
+        # The one only befalls flows that follow a task, the other needs a crash while there is no room.
+        elsewhere = {"flow.lost", "task.interrupted"}
+        effects = {kind.__name__ for kind in get_args(Effect)}
+        adopted = {f"adopted {executor}" for executor in ("code", "command", "flow")}
+        assert PLAYED.keys() >= (set(EventType) - elsewhere) | effects | adopted, "vacuous"
+
+
 TestFlow.settings = settings(PROFILE, max_examples=300, stateful_step_count=25)
 
 
@@ -605,6 +877,29 @@ children = st.lists(
             launched,
             st.booleans(),
         ),
+        st.builds(
+            lambda n, launch: a_launched(
+                f"c{n}", TaskStatus.QUEUED, launch=launch, attempt=1, review_requested_at=NOW - 1
+            ),
+            small,
+            launched,
+        ),
+        st.builds(
+            lambda n, launch, killed: a_launched(
+                f"c{n}",
+                launch=launch,
+                child_flow_id="inner" if launch.executor == "flow" else None,
+                cancel_requested_at=NOW - 90_000,
+                kill_requested_at=NOW - 80_000 if killed else None,
+            ),
+            small,
+            launched,
+            st.booleans(),
+        ),
+        st.builds(
+            lambda n: a_launched(f"c{n}", TaskStatus.QUEUED, queue_timeout=1.0),
+            small,
+        ),
     ),
     max_size=6,
     unique_by=lambda task: task.task_id,
@@ -613,6 +908,7 @@ task_ids = st.sampled_from([f"{kind}{n}" for kind in "lc" for n in range(6)])
 revisions = st.sampled_from([0, 6, 7, 8])
 drafts = st.builds(
     lambda n, launch, run_id, value: c.TaskDraft(
+        child_flow_id="inner" if launch and launch.executor == "flow" else None,
         key=n,
         task_id=f"new{n}",
         runtime="cli",
@@ -631,6 +927,12 @@ any_command: st.SearchStrategy[c.Command] = st.one_of(
         c.Create,
         draft=st.just(fresh_flow()),
         defect=st.sampled_from([None, BROKEN]),
+        carried=st.sampled_from([(), (a_carried(1),), (a_carried(1), a_carried(2))]),
+    ),
+    st.builds(
+        c.Spawn,
+        draft=st.just(a_flow(FlowStatus.QUEUED, revision=0, sync_mode=SyncMode.TASK_MIRRORED)),
+        task=drafts,
     ),
     st.builds(
         c.SetWaiting,
@@ -645,7 +947,7 @@ any_command: st.SearchStrategy[c.Command] = st.one_of(
     st.builds(c.Update, expected_revision=revisions, patch=patches),
     st.builds(c.Finish, expected_revision=st.one_of(st.none(), revisions), patch=patches),
     st.builds(c.Fail, expected_revision=st.one_of(st.none(), revisions), patch=patches),
-    st.builds(c.RequestCancel, expected_revision=revisions),
+    st.builds(c.RequestCancel, expected_revision=st.one_of(st.none(), revisions)),
     st.builds(c.Cancel, expected_revision=st.one_of(st.none(), revisions)),
     st.just(c.EnterController()),
     st.just(c.ControllerStopped()),
@@ -662,10 +964,20 @@ any_command: st.SearchStrategy[c.Command] = st.one_of(
         attempt=st.sampled_from([None, 0, 1]),
         result=states,
         chance=st.sampled_from([0.0, 0.5, 0.999]),
+        again=st.booleans(),
+        review=st.booleans(),
+        retry_after=st.sampled_from([None, 0.0, 7.5]),
+        terminal_outcome=st.sampled_from([None, *TerminalOutcome]),
     ),
+    st.builds(c.RetryTask, task_id=task_ids, input_json=states),
     st.builds(c.CancelTask, task_id=task_ids),
-    st.builds(c.ReleaseTasks, task_ids=st.lists(task_ids, max_size=3).map(tuple)),
+    st.builds(
+        c.ReleaseTasks,
+        task_ids=st.lists(task_ids, max_size=3).map(tuple),
+        begun=st.frozensets(task_ids, max_size=3),
+    ),
     st.just(c.Tick()),
+    st.just(c.Wake()),
     st.just(c.Recover()),
 )
 facts = st.fixed_dictionaries(
@@ -676,6 +988,7 @@ facts = st.fixed_dictionaries(
         "closing": st.booleans(),
         "functions": st.sampled_from([frozenset(), FUNCTIONS]),
         "bound": st.sampled_from([frozenset(), frozenset({"c1", "c2"})]),
+        "executors": st.sampled_from([EXECUTORS, EXECUTORS, frozenset()]),
     }
 )
 
@@ -698,7 +1011,8 @@ def test_every_command_on_every_flow_is_decided_or_refused_and_a_refusal_changes
         assert taken.refusal.reason
     if flow is not None and has_ended(flow):
         assert view.flow is flow
-        assert not any(isinstance(effect, StartTask) for effect in turn.effects())
+        for effect in turn.effects():
+            assert not isinstance(effect, StartTask) or effect.adopted
     assert [event.seq for event in turn.events] == [6 + n for n in range(len(turn.events))]
 
 

@@ -25,6 +25,8 @@ TREE: dict[str, str] = {
     "InvalidState": "RefusedError",
     "StateTooLarge": "RefusedError",
     "TaskNotLinked": "RefusedError",
+    "TaskNotRetryable": "RefusedError",
+    "LimitReached": "RefusedError",
     "Unavailable": "FlowError",
     "MailboxFull": "Unavailable",
     "RuntimeClosed": "Unavailable",
@@ -133,6 +135,44 @@ def test_every_message_is_a_sentence_of_text(error: errors.FlowError) -> None:
     assert str(error)
     assert "Flow(" not in str(error)
     assert "Failure(" not in str(error)
+
+
+# ---- what children raise --------------------------------------------------------------------------
+
+SIGNALS = [errors.Transient, errors.Fatal, errors.NeedsReview]
+
+
+@pytest.mark.parametrize("kind", SIGNALS)
+@pytest.mark.parametrize("retry_after", [None, 0, 2.5])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_signal_survives_the_way_between_processes_with_what_it_asks_for(
+    kind: type[errors.TaskSignal], retry_after: float | None, protocol: int
+) -> None:
+    signal = kind("the amount is odd", retry_after=retry_after)
+
+    for again in (pickle.loads(pickle.dumps(signal, protocol)), copy.copy(signal)):
+        assert type(again) is kind
+        assert str(again) == "the amount is odd"
+        assert again.retry_after == retry_after
+
+
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_a_signal_is_no_error_of_ours_so_that_nobody_swallows_it_by_mistake(
+    kind: type[errors.TaskSignal],
+) -> None:
+    assert issubclass(kind, errors.TaskSignal)
+    assert not issubclass(kind, (errors.FlowError, OSError, ValueError, RuntimeError))
+    assert getattr(flowstead, kind.__name__) is kind
+    assert str(kind()) == ""
+    assert kind().retry_after is None
+
+
+def test_what_signals_have_in_common_is_not_raised_by_itself() -> None:
+    with pytest.raises(TypeError, match="raise Transient, Fatal or NeedsReview"):
+        errors.TaskSignal("odd")
+
+
+# ---- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [n for n, parent in TREE.items() if parent == "RefusedError"])

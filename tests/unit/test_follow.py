@@ -12,7 +12,7 @@ from flowstead.model.event import EventType
 from flowstead.model.flow import Failure, FlowStatus
 from flowstead.model.limits import Limits
 from flowstead.model.task import Cancelled, Failed, Launch, StoredTask, Succeeded, TaskStatus
-from flowstead.rules.follow import due_at
+from flowstead.rules.ladder import flow_due_at
 from tests.unit.given import (
     ENDED,
     LIVE,
@@ -123,7 +123,7 @@ def test_the_intent_alone_does_not_end_a_flow_that_has_no_child(status: FlowStat
 
     assert view.flow is not None
     assert view.flow.status is status
-    assert due_at(view.flow, LIMITS) == NOW + GRACE_MS
+    assert flow_due_at(view.flow, LIMITS) == NOW + GRACE_MS
 
 
 @pytest.mark.parametrize("status", LIVE)
@@ -140,7 +140,7 @@ def test_a_requested_cancel_past_its_grace_ends_the_flow(
 
     assert view.flow is not None
     assert view.flow.status is FlowStatus.CANCELLED
-    assert due_at(view.flow, LIMITS) is None
+    assert flow_due_at(view.flow, LIMITS) is None
 
 
 @pytest.mark.parametrize("status", LIVE)
@@ -355,6 +355,8 @@ def test_an_end_takes_launched_children_along_and_leaves_linked_ones(end: str) -
     turn.take(command, "owner")
 
     assert list(turn.effects()) == [StopTask("runs", StopReason.FLOW_ENDED)]
+    asked = turn.tasks.pop("runs")
+    assert (asked.status, asked.cancel_requested_at) == (TaskStatus.RUNNING, NOW)
     assert sorted(turn.tasks) == ["cut off", "pending", "queued"]
     assert {task.status for task in turn.tasks.values()} == {TaskStatus.CANCELLED}
     assert sorted(view.children.active) == ["linked", "linked, queued", "runs"]

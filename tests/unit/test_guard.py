@@ -16,7 +16,7 @@ from msgspec import UNSET, Raw
 from flowstead.engine.guard import ChildScope, describe, one_line, run_guarded, stopped
 from flowstead.model.effect import StopReason
 from flowstead.model.flow import Failure
-from flowstead.model.task import Cancelled, Failed, Outcome, Succeeded, TimedOut
+from flowstead.model.task import Cancelled, Failed, Lost, Outcome, Succeeded, TimedOut
 from flowstead.rules.user_json import encode_json, is_encodable
 
 LONGEST = 600
@@ -406,7 +406,19 @@ REASONS = {
     StopReason.CANCELLED: (Cancelled, "cancelled", "stopped on request"),
     StopReason.TIMED_OUT: (TimedOut, "timed_out", "stopped at its deadline"),
     StopReason.FLOW_ENDED: (Cancelled, "cancelled", "stopped because the flow ended"),
+    StopReason.INTERRUPTED: (
+        Lost,
+        "interrupted",
+        "interrupted, unknown: the process ended before the child's outcome was recorded",
+    ),
 }
+CODES = {StopReason.INTERRUPTED: "unknown"}
+OVERRIDES_WHAT_IS_RETURNED = {StopReason.TIMED_OUT, StopReason.INTERRUPTED}
+"""Too late to count: the deadline had passed, or the attempt was only run to see to what it left behind."""
+
+
+def test_every_reason_to_stop_has_its_outcome() -> None:
+    assert REASONS.keys() == set(StopReason)
 
 
 def stop_soon(child: ChildScope, *reasons: StopReason) -> None:
@@ -423,7 +435,7 @@ async def test_a_stopped_child_ends_as_the_reason_says(reason: StopReason) -> No
     stop_soon(scope, reason)
     outcome, result = await run(lambda: asyncio.sleep(60), scope)
 
-    assert outcome == kind(Failure(kind=failure_kind, message=message))
+    assert outcome == kind(Failure(kind=failure_kind, code=CODES.get(reason), message=message))
     assert result is UNSET
 
 
@@ -472,8 +484,8 @@ async def test_a_child_that_swallows_its_stop_and_returns_has_succeeded_unless_i
     outcome, result = await run(child, scope)
     await asyncio.sleep(0)
 
-    if reason is StopReason.TIMED_OUT:
-        assert isinstance(outcome, TimedOut)
+    if reason in OVERRIDES_WHAT_IS_RETURNED:
+        assert isinstance(outcome, REASONS[reason][0])
         assert result is UNSET
     else:
         assert outcome == Succeeded()

@@ -11,6 +11,7 @@ from msgspec import UNSET, Raw
 
 from flowstead.model import command as c
 from flowstead.model.code import Code, Refusal
+from flowstead.model.effect import StopReason, StopTask
 from flowstead.model.event import EventType
 from flowstead.model.flow import Failure, FlowStatus, SyncMode
 from flowstead.model.limits import Limits
@@ -56,10 +57,10 @@ TABLE: dict[str, tuple[str, str, str]] = {
 }
 
 # How far the revision rises where the operation is applied. A cancel that finds nothing to wait for is two
-# changes of the flow, the intent and the end; with the intent given only one is left.
+# changes of the flow: that its end is demanded, with the intent unless it stood already, and the end.
 REVISIONS: dict[str, tuple[int, int]] = {
-    "cancel": (2, 1),
-    "cancel, with revision": (2, 1),
+    "cancel": (2, 2),
+    "cancel, with revision": (2, 2),
     "run_task": (0, 0),
 }
 
@@ -342,7 +343,44 @@ def test_a_second_request_to_cancel_is_refused_but_cancel_goes_on() -> None:
     assert cancelled.refusal is None
     assert view.flow is not None
     assert view.flow.status is FlowStatus.CANCELLED
-    assert view.flow.revision == 8
+    assert view.flow.cancel_requested_at == NOW - 1_000
+    assert view.flow.cancel_started_at == NOW
+    assert view.flow.revision == 9
+
+
+def test_cancelling_again_stops_what_is_left_and_stamps_nothing_a_second_time() -> None:
+    view = a_view(a_flow(), a_launched("a"), running={"a"})
+    turn = a_turn(view)
+
+    turn.take(c.Cancel(), "owner")
+    first, asked = view.flow, view.children.active["a"]
+    view.now += 1_000
+    again = turn.take(c.Cancel(), "owner")
+
+    assert again.refusal is None
+    assert view.flow is first
+    assert view.children.active["a"] is asked
+    assert list(turn.effects()) == [StopTask("a", StopReason.CANCELLED)] * 2
+    assert [event.type for event in turn.events] == [
+        EventType.FLOW_CANCEL_REQUESTED,
+        EventType.TASK_CANCEL_REQUESTED,
+    ]
+
+
+@pytest.mark.parametrize("intent", INTENTS)
+def test_a_cancel_says_in_one_event_that_an_end_is_demanded_of_what_runs(intent: bool) -> None:
+    view = a_view(a_flow(intent=intent), a_launched("a"), running={"a"})
+    turn = a_turn(view)
+
+    turn.take(c.Cancel(), "owner")
+
+    told, asked = turn.events
+    assert told.type == (
+        EventType.FLOW_CANCEL_STARTED if intent else EventType.FLOW_CANCEL_REQUESTED
+    )
+    assert told.revision == asked.revision == 8
+    assert told.changed["cancelStartedAt"] == NOW
+    assert ("cancelRequestedAt" in told.changed) == (not intent)
 
 
 # ---- the order of checks --------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from flowstead.results import (
     Refused,
     Rejected,
     TaskCancelReport,
+    TaskRetryReport,
     error_for,
     raise_refusal,
 )
+from flowstead.settlement import SettledAs, Settlement
 
 ERRORS: dict[Code, type[errors.FlowError]] = {
     Code.NOT_FOUND: errors.FlowNotFound,
@@ -32,6 +34,9 @@ ERRORS: dict[Code, type[errors.FlowError]] = {
     Code.DUPLICATE: errors.FlowExists,
     Code.FLOW_EXISTS: errors.FlowExists,
     Code.NOT_LINKED: errors.TaskNotLinked,
+    Code.NOT_RETRYABLE: errors.TaskNotRetryable,
+    Code.LIMIT_REACHED: errors.LimitReached,
+    Code.ABANDONED: errors.CancelPending,
     Code.OVERLOADED: errors.MailboxFull,
     Code.PERSIST_FAILED: errors.CommitFailed,
     Code.OUTCOME_UNKNOWN: errors.OutcomeUnknown,
@@ -60,6 +65,14 @@ TASK = Task(
     delivery_status=DeliveryStatus.PENDING,
     notify_policy=NotifyPolicy.DONE_ONLY,
     created_at=1,
+)
+
+LINE = Settlement(
+    flow_id="triage-1",
+    task_id="t",
+    task="work",
+    state=SettledAs.SETTLED,
+    status=TaskStatus.CANCELLED,
 )
 
 
@@ -145,9 +158,12 @@ def test_reports_share_no_list() -> None:
     one, other = CancelReport(found=True, cancelled=True), CancelReport(found=True, cancelled=True)
 
     one.tasks.append(TASK)
+    one.descendants.append(LINE)
 
     assert other.tasks == []
+    assert other.descendants == []
     assert TaskCancelReport(found=False, cancelled=False).task is None
+    assert TaskRetryReport(found=False, retried=False).task is None
 
 
 def test_results_cannot_be_changed() -> None:

@@ -12,7 +12,7 @@ from the stored snapshot. When it is idle for a while the engine lets go of it a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -22,6 +22,7 @@ from flowstead.engine.committer import Committer
 from flowstead.engine.feed import Feed
 from flowstead.engine.loader import Loader
 from flowstead.engine.mailbox import Envelope, Mailbox, Reply
+from flowstead.engine.slots import Slots
 from flowstead.engine.timers import Timers
 from flowstead.engine.turns import TurnQueue
 from flowstead.engine.waiters import Waiters
@@ -29,12 +30,12 @@ from flowstead.errors import OutcomeUnknown, SnapshotUnreadable, StoreError
 from flowstead.log import get_logger
 from flowstead.model.code import Code, Refusal
 from flowstead.model.command import Recover
-from flowstead.model.effect import Effect
+from flowstead.model.effect import AbandonTask, Effect
 from flowstead.model.flow import FlowKey, StoredFlow, has_ended
 from flowstead.model.limits import Limits
-from flowstead.model.task import StoredTask, is_active
+from flowstead.model.task import StoredTask, TaskStatus, is_active
 from flowstead.rules.children import Children
-from flowstead.rules.follow import due_at
+from flowstead.rules.ladder import flow_due_at, task_due_at
 from flowstead.rules.turn import Turn
 from flowstead.rules.view import View
 from flowstead.store import codec
@@ -44,6 +45,7 @@ from flowstead.store.port import Snapshot
 log = get_logger(__name__)
 
 _TURN: Final = 256
+_RUNTIME: Final = "runtime"
 _LOOK_AGAIN_SECONDS: Final = 1.0
 
 
@@ -58,6 +60,16 @@ class RunningCode(Protocol):
     @property
     def is_stopping(self) -> bool:
         """Whether nothing may be started any more."""
+        ...
+
+    @property
+    def executors(self) -> Container[str]:
+        """Names of what can run children here."""
+        ...
+
+    @property
+    def attended(self) -> Container[FlowKey]:
+        """The nested flows for which somebody stands in the flow above."""
         ...
 
     def bound_of(self, key: FlowKey) -> Container[str]:
@@ -87,12 +99,14 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     feed: Feed
     timers: Timers
     turns: TurnQueue
+    slots: Slots
     code: RunningCode
     controllers: Container[str]
     functions: Container[str]
     flow_ends: Waiters[FlowKey]
     task_ends: Waiters[str]
     rested: Callable[[Actor], None]
+    unregistered: Callable[[FlowKey, Collection[str]], object]
     look_again: Callable[[FlowKey], None]
 
 
@@ -158,6 +172,11 @@ class Actor:
         return not (self.mailbox or self._is_loading or self._is_scheduled or self._draft)
 
     @property
+    def is_doubtful(self) -> bool:
+        """Whether there is a draft that nobody could vouch for, and that only a snapshot can settle."""
+        return self._doubtful is not None
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing in it worth keeping: no flow, and no doubt about one."""
         return self._flow is None and self._doubtful is None
@@ -181,11 +200,16 @@ class Actor:
         """The loader's answer."""
         self._is_loading = False
         if isinstance(snapshot, Exception):
+            self._around.slots.turn_over(self.key)
             for envelope in self.mailbox.take(len(self.mailbox)):
                 envelope.fail(snapshot)
             log.error("flow.unreadable", flow_id=self.key.flow_id, reason=str(snapshot))
             if not isinstance(snapshot, SnapshotUnreadable):
                 self._look_again_later()
+            elif self._doubtful is not None:
+                # Nobody will ever say. What does not run here will not run.
+                for task_id in self._doubtful.tasks.keys() - self._around.code.running.keys():
+                    self._around.slots.give_back(task_id)
             self._around.rested(self)
             return
         self._is_loaded = True
@@ -229,6 +253,8 @@ class Actor:
                 envelope.fail(error)
             self._go_on()
             return
+        finally:
+            self._around.slots.turn_over(self.key)
         if draft is not None:
             self._draft = draft
             self._around.committer.submit(self._write(draft), self)
@@ -239,6 +265,7 @@ class Actor:
         """Decide every envelope. What changed nothing is answered here, the rest is drafted."""
         around = self._around
         now = self.asked_at = around.clock.now()
+        is_held = self._is_held()
         view = View(
             self._flow,
             self._children,
@@ -246,21 +273,26 @@ class Actor:
             limits=around.limits,
             running=around.code.running,
             driven=around.code.is_driven(self.key),
-            controllers=around.controllers,
+            controllers=() if is_held else around.controllers,
             functions=around.functions,
             bound=around.code.bound_of(self.key),
-            closing=around.code.is_stopping,
+            executors=around.code.executors,
+            room=around.slots.room_for(self.key),
+            closing=is_held or around.code.is_stopping,
         )
         turn = Turn(view, self._seq)
-        if self._to_recover:
-            turn.take(Recover(), "runtime")
-            self._to_recover = False
         docs = _Docs(self._flow, self._doc)
         answers = []
         for envelope in envelopes:
             taken = turn.take(envelope.command, envelope.actor)
             reply = Reply(docs.of(taken.flow), taken.refusal, taken.children)
             answers.append((envelope, reply))
+        if self._to_recover:
+            # Last, so that what was cut off is not started first and stopped by one of these.
+            turn.take(Recover(), _RUNTIME)
+            # As long as the flow is held nothing was set in motion: that is still to come.
+            self._to_recover = is_held
+        around.unregistered(self.key, turn.unregistered)
         flow = view.flow
         if flow is None or not (turn.events or turn.tasks or flow is not self._flow):
             self._settle(answers, turn.effects())
@@ -273,12 +305,26 @@ class Actor:
             self._seq + len(turn.events),
             turn.tasks,
             tuple(
-                [codec.task_row(t, fresh=t.task_id in turn.created) for t in turn.tasks.values()]
+                [
+                    codec.task_row(
+                        t, due_at=task_due_at(t, around.limits), fresh=t.task_id in turn.created
+                    )
+                    for t in turn.tasks.values()
+                ]
             ),
             tuple([codec.event_row(flow.key, event) for event in turn.events]),
             tuple(answers),
             turn.effects(),
         )
+
+    def _is_held(self) -> bool:
+        """Whether nothing of the flow may start, because nobody stands for it in the flow above.
+
+        An intent may stand up there that has not come down yet; whoever stands for it brings it along.
+        """
+        flow = self._flow
+        nested = flow is not None and flow.parent_task_id is not None and not has_ended(flow)
+        return nested and self.key not in self._around.code.attended
 
     def _write(self, draft: Draft) -> FlowWrite:
         row = None
@@ -286,7 +332,7 @@ class Actor:
             row = codec.flow_row(
                 draft.flow,
                 draft.doc,
-                due_at=due_at(draft.flow, self._around.limits),
+                due_at=flow_due_at(draft.flow, self._around.limits),
                 expected_revision=None if self._flow is None else self._flow.revision,
             )
         return FlowWrite(row, draft.rows, draft.events)
@@ -307,6 +353,7 @@ class Actor:
         if has_ended(draft.flow) and not ended_before:
             around.flow_ends.settle(self.key, draft.doc)
         self._note_dues(draft.flow, draft.tasks.values())
+        self._settle_slots(draft)
         around.code.carry_out(self.key, draft.effects)
         self._go_on()
 
@@ -316,6 +363,9 @@ class Actor:
         assert draft is not None
         self._draft = None
         unknown = isinstance(error, OutcomeUnknown)
+        if not unknown:
+            for task_id in draft.tasks.keys() - self._around.code.running.keys():
+                self._around.slots.give_back(task_id)
         code = Code.OUTCOME_UNKNOWN if unknown else Code.PERSIST_FAILED
         reply = Reply(None if unknown else self._doc, Refusal(code, str(error)))
         self._forget()
@@ -338,9 +388,13 @@ class Actor:
     def _clear_doubt(self, snapshot: Snapshot | None) -> None:
         """The snapshot says whether a draft nobody could vouch for is on disk; if it is, tell its ends now."""
         doubtful, self._doubtful = self._doubtful, None
+        if doubtful is not None:
+            self._settle_doubtful_slots(doubtful)
         if doubtful is None or snapshot is None or snapshot.last_seq < doubtful.seq:
             return
         self._around.feed.doubt(self.key)
+        given_up = [effect for effect in doubtful.effects if isinstance(effect, AbandonTask)]
+        self._around.code.carry_out(self.key, given_up)
         self._tell_ends(doubtful.tasks.values())
         if has_ended(snapshot.flow):
             self._around.flow_ends.settle(self.key, snapshot.doc)
@@ -359,13 +413,31 @@ class Actor:
                 if around.task_ends.wanted(task.task_id):
                     around.task_ends.settle(task.task_id, codec.encode(task))
 
+    def _settle_slots(self, draft: Draft) -> None:
+        """Count who runs from now on, and free the slots of those that do not run any more."""
+        slots = self._around.slots
+        for task in draft.tasks.values():
+            if task.launch is None:
+                continue
+            if task.status is TaskStatus.RUNNING:
+                slots.hold(self.key, task)
+            else:
+                slots.give_back(task.task_id)
+
+    def _settle_doubtful_slots(self, doubtful: Draft) -> None:
+        """The snapshot knows who runs: the others of a draft nobody could vouch for keep no slot."""
+        for task_id in doubtful.tasks:
+            task = self._children.active.get(task_id)
+            if task is None or task.status is not TaskStatus.RUNNING:
+                self._around.slots.give_back(task_id)
+
     def _note_dues(self, flow: StoredFlow, tasks: Iterable[StoredTask]) -> None:
-        timers = self._around.timers
-        if (at := due_at(flow, self._around.limits)) is not None:
+        timers, limits = self._around.timers, self._around.limits
+        if (at := flow_due_at(flow, limits)) is not None:
             timers.note(at, self.key)
         for task in tasks:
-            if task.next_attempt_at is not None:
-                timers.note(task.next_attempt_at, self.key)
+            if (at := task_due_at(task, limits)) is not None:
+                timers.note(at, self.key)
 
     def _go_on(self) -> None:
         if self.mailbox:

@@ -47,6 +47,11 @@ class SystemClock:
         return asyncio.get_running_loop().call_later(seconds, callback)
 
 
+def monotonic() -> float:
+    """Seconds that only grow, for what is measured in earnest and from several threads."""
+    return time.monotonic()
+
+
 class Ids(Protocol):
     """Names for new things, and chance."""
 

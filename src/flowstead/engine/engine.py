@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Collection
-from typing import Final
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, Final
 
 import anyio
 import msgspec
@@ -20,6 +20,7 @@ from flowstead.engine.committer import Committer
 from flowstead.engine.feed import Feed
 from flowstead.engine.loader import Loader
 from flowstead.engine.mailbox import Envelope, Reply
+from flowstead.engine.slots import Slots
 from flowstead.engine.supervisor import Door, Supervisor
 from flowstead.engine.timers import Timers
 from flowstead.engine.turns import TurnQueue
@@ -27,7 +28,7 @@ from flowstead.engine.waiters import Waiters
 from flowstead.errors import RuntimeClosed, StoreError
 from flowstead.log import get_logger
 from flowstead.model.code import MAILBOX_FULL
-from flowstead.model.command import Command, ReleaseTasks, Tick
+from flowstead.model.command import Command, ReleaseTasks, Tick, Wake
 from flowstead.model.flow import FlowKey
 from flowstead.model.limits import Limits
 from flowstead.store.port import Store
@@ -36,6 +37,8 @@ log = get_logger(__name__)
 
 _RECOVERY_PAGE: Final = 256
 _RECOVER_AGAIN_SECONDS: Final = 1.0
+_KILL_SECONDS: Final = 2.0
+_GIVEN_UP_SECONDS: Final = 0.2
 _LET_GO_AT_ONCE: Final = 2_000
 _RUNTIME: Final = "runtime"
 
@@ -44,7 +47,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     """What a runtime is doing right now, and has done since it was opened.
 
     `flows_in_memory` counts actors, `running_children` children whose code runs, `waiting_mutations` envelopes
-    in mailboxes. `commits` counts transactions, `flow_writes` the flow turns in them.
+    in mailboxes. `commits` counts transactions, `flow_writes` the flow turns in them. `ignored_stops` counts
+    children that were asked to stop and did not soon, `abandoned` code that was given up. `loop_stalls` counts how
+    often the event loop was held up while children ran, `stalled_seconds` for how long in all.
     """
 
     flows_in_memory: int
@@ -54,6 +59,10 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     flow_writes: int
     failed_writes: int
     largest_batch: int
+    ignored_stops: int
+    abandoned: int
+    loop_stalls: int
+    stalled_seconds: float
 
 
 class Engine:
@@ -69,6 +78,8 @@ class Engine:
         door: Door,
         controllers: Collection[str],
         functions: Collection[str],
+        most_of: Callable[[str], int | None] = lambda _: None,
+        watch_loop: bool = False,
     ) -> None:
         self.store = store
         self.clock = clock
@@ -79,11 +90,17 @@ class Engine:
         self.task_ends: Waiters[str] = Waiters()
         self.feed = Feed(store, limits.watcher_events)
         self.supervisor = Supervisor(
-            report=self.report, door=door, clock=clock, ids=ids, limits=limits
+            report=self.report,
+            door=door,
+            clock=clock,
+            ids=ids,
+            limits=limits,
+            watch_loop=watch_loop,
         )
         self.committer = Committer(store, limits.batch, on_lost=self.supervisor.stop)
         self._loader = Loader(store)
         self._timers = Timers(store, clock, self._tick)
+        self._slots = Slots(limits.running_in_all, most_of, self._wake)
         self._around = Surroundings(
             clock=clock,
             limits=limits,
@@ -97,8 +114,10 @@ class Engine:
             flow_ends=self.flow_ends,
             task_ends=self.task_ends,
             turns=TurnQueue(),
+            slots=self._slots,
             rested=self._rested,
             look_again=self._look_again,
+            unregistered=self._tell_unregistered,
         )
         # Least recently asked first; an actor that goes is only memory, its flow is in the store.
         self._actors: OrderedDict[FlowKey, Actor] = OrderedDict()
@@ -107,6 +126,7 @@ class Engine:
         self._quiet: asyncio.Event | None = None
         self._is_closed = self._is_shut = False
         self.unregistered: dict[str, int] = {}
+        self.unregistered_tasks: set[str] = set()
 
     # ---- asking -----------------------------------------------------------------------------------
 
@@ -168,7 +188,7 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """Counts, without waiting."""
-        counts = self.committer.statistics
+        counts, stalls = self.committer.statistics, self.supervisor.stalls
         return Statistics(
             flows_in_memory=len(self._actors),
             running_children=self.supervisor.running_count,
@@ -177,6 +197,10 @@ class Engine:
             flow_writes=counts.writes,
             failed_writes=counts.failed,
             largest_batch=counts.largest_batch,
+            ignored_stops=self.supervisor.ignored_stops,
+            abandoned=self.supervisor.abandoned,
+            loop_stalls=0 if stalls is None else stalls.stalls,
+            stalled_seconds=0.0 if stalls is None else stalls.stalled,
         )
 
     # ---- actors -----------------------------------------------------------------------------------
@@ -225,20 +249,32 @@ class Engine:
         if not self._actors:
             return
         key, actor = next(iter(self._actors.items()))
-        if actor.is_idle and not self.supervisor.has_code(key):
+        if actor.is_idle and not actor.is_doubtful and not self.supervisor.has_code(key):
             del self._actors[key]
         else:
             actor.asked_at = self.clock.now()
             self._actors.move_to_end(key)
+
+    def _tell_unregistered(self, key: FlowKey, names: Collection[str]) -> None:
+        """Children stay as they are for want of code; say so once for each name."""
+        for name in sorted(set(names) - self.unregistered_tasks):
+            self.unregistered_tasks.add(name)
+            log.warning("child.unregistered", function=name, flow_id=key.flow_id)
 
     def _look_again(self, key: FlowKey) -> None:
         """A flow whose last draft was dropped: see what its snapshot says is due."""
         self._actor(key, False).nudge()
 
     def _tick(self, key: FlowKey) -> None:
+        self._post(key, Tick())
+
+    def _wake(self, key: FlowKey) -> None:
+        self._post(key, Wake())
+
+    def _post(self, key: FlowKey, command: Command) -> None:
         if not self._is_closed:
             reply = self._loop.create_future()
-            self._actor(key, False).post(Envelope(Tick(), _RUNTIME, reply), bounded=False)
+            self._actor(key, False).post(Envelope(command, _RUNTIME, reply), bounded=False)
 
     # ---- opening and closing ----------------------------------------------------------------------
 
@@ -256,13 +292,16 @@ class Engine:
             ("loader", self._loader.run),
             ("supervisor", self.supervisor.run),
             ("timers", self._timers.run),
-            ("recovery", self._recover),
         ):
-            task = asyncio.create_task(job(), name=f"flowstead {name}")
-            task.add_done_callback(_log_failure)
-            self._tasks.append(task)
+            self._begin(name, job)
         # Nothing can be started before the supervisor's task group stands.
         await self.supervisor.wait_ready()
+        self._begin("recovery", self._recover)
+
+    def _begin(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.create_task(job(), name=f"flowstead {name}")
+        task.add_done_callback(_log_failure)
+        self._tasks.append(task)
 
     def begin_closing(self) -> None:
         """Take nothing more and stop code, in one step: code that is refused from here on has not failed."""
@@ -280,9 +319,15 @@ class Engine:
         self._timers.close()
         if self._sweep is not None:
             self._sweep.cancel()
-        await asyncio.wait({supervisor}, timeout=self.limits.shutdown_grace)
-        if not supervisor.done():
+        has_somebody = self.supervisor.waits_for_somebody
+        patience = self.limits.shutdown_grace if has_somebody else _GIVEN_UP_SECONDS
+        await asyncio.wait({supervisor}, timeout=patience)
+        if not supervisor.done() and self.supervisor.kill_all():
+            await asyncio.wait({supervisor}, timeout=_KILL_SECONDS)
+        if not supervisor.done() and self.supervisor.waits_for_somebody:
             log.error("children.abandoned", running=self.supervisor.running_count)
+        if self.supervisor.stalls is not None:
+            self.supervisor.stalls.close()
         await self._settle()
         self._is_shut = True
         self.committer.stop()
@@ -307,8 +352,14 @@ class Engine:
             if not interrupted:
                 return
             releases = [
-                self.report(key, ReleaseTasks(task_ids=tuple(task_ids)))
-                for key, task_ids in interrupted.items()
+                self.report(
+                    key,
+                    ReleaseTasks(
+                        task_ids=tuple(children),
+                        begun=frozenset(task_id for task_id, begun in children.items() if begun),
+                    ),
+                )
+                for key, children in interrupted.items()
             ]
             await asyncio.gather(*releases, return_exceptions=True)
 

@@ -11,33 +11,33 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import anyio
+import msgspec
 from msgspec import UNSET, UnsetType
 
-from flowstead.errors import RuntimeClosed
+from flowstead.engine.child_scope import ChildScope
+from flowstead.errors import RuntimeClosed, TaskSignal
 from flowstead.model.command import Defect, Encoded
 from flowstead.model.effect import StopReason
 from flowstead.model.flow import Failure, Json
+from flowstead.model.retry import Category
 from flowstead.model.task import Cancelled, Failed, Outcome, Succeeded, TimedOut
+from flowstead.rules import classify
+from flowstead.rules.classify import Verdict
+from flowstead.rules.endings import interrupted
 
 _LONGEST_MESSAGE: Final = 500
 
 
-class ChildScope:
-    """The cancel scope of one attempt of a child, and why it was cancelled, if it was."""
+class EndsAs(Exception):
+    """Code of our own that knows its outcome: it stands for something that has ended elsewhere."""
 
-    __slots__ = ("attempt", "reason", "scope")
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
-    def __init__(self, attempt: int) -> None:
-        self.attempt = attempt
-        self.scope = anyio.CancelScope()
-        self.reason: StopReason | None = None
 
-    def stop(self, reason: StopReason) -> None:
-        """Ask the child to stop. The first reason counts."""
-        if self.reason is None:
-            self.reason = reason
-        self.scope.cancel()
+class Unfinished(Exception):
+    """Code of our own had to give way to shutdown before its work was done: there is no outcome."""
 
 
 async def run_guarded(
@@ -46,43 +46,57 @@ async def run_guarded(
     *,
     encode_result: Callable[[Json], Encoded],
     is_shutdown: Callable[[], bool],
+    judge: Callable[[BaseException], Verdict] = lambda error: classify.judge(error, None),
 ) -> tuple[Outcome, Encoded | UnsetType]:
     """Run a child's code to its one outcome, with the encoded result where it succeeded.
 
     A child that returns although it was asked to cancel has succeeded; one that returns past its deadline has
-    timed out all the same.
+    timed out all the same. What `judge` says of a failure is left in `child.verdict`.
 
     Raises:
         asyncio.CancelledError: The runtime is shutting down, so there is no outcome.
     """
     try:
         with child.scope:
+            child.begun = True
             value = await code()
+            child.look()
             if not child.scope.cancel_called:
                 await absorb_own_cancel()
-            if child.reason is not StopReason.TIMED_OUT:
+            if child.reason not in (StopReason.TIMED_OUT, StopReason.INTERRUPTED):
                 return _succeeded(encode_result, value)
+    except EndsAs as error:
+        return error.outcome, UNSET
+    except Unfinished as error:
+        raise asyncio.CancelledError from error
     except BaseException as error:
         if not (child.reason is None and is_shutdown() and _was_stopped(child, error)):
             if isinstance(error, asyncio.CancelledError):
                 await absorb_own_cancel()
-            return _failed(error, child.reason), UNSET
+            return _failed(error, child, judge), UNSET
     if child.reason is None and is_shutdown():
         # Whatever it did while the runtime was stopping it is no outcome.
         raise asyncio.CancelledError
-    return stopped(child.reason), UNSET
+    return stopped(child.reason, idled=child.idled), UNSET
 
 
-def stopped(reason: StopReason | None, detail: str | None = None) -> Outcome:
+def stopped(
+    reason: StopReason | None, detail: str | None = None, *, idled: bool = False
+) -> Outcome:
     """The outcome of a child that ended because its scope was cancelled."""
     match reason:
         case StopReason.TIMED_OUT:
-            message = "stopped at its deadline"
-            return TimedOut(Failure(kind="timed_out", message=_joined(message, detail)))
+            message = "stopped without a sign of life" if idled else "stopped at its deadline"
+            code = "idle" if idled else None
+            said = _joined(message, detail)
+            return TimedOut(Failure(kind="timed_out", code=code, message=said))
+        case StopReason.INTERRUPTED:
+            message = "the process ended before the child's outcome was recorded"
+            return interrupted(_joined(message, detail))
         case StopReason.FLOW_ENDED:
             message = "stopped because the flow ended"
             return Cancelled(Failure(kind="cancelled", message=_joined(message, detail)))
-        case StopReason.CANCELLED | None:  # pragma: no branch - there is no fourth reason
+        case StopReason.CANCELLED | None:  # pragma: no branch - there is no fifth reason
             message = "stopped on request"
             return Cancelled(Failure(kind="cancelled", message=_joined(message, detail)))
 
@@ -93,7 +107,9 @@ def describe(error: BaseException) -> Failure:
     said = _told(lambda: str(error))
     if said is None:
         said = "(its message could not be read)"
-    message = one_line(f"{name}: {said}" if said else name)
+    # What the child says of itself is meant for people as it is.
+    shown = said if isinstance(error, TaskSignal) else f"{name}: {said}"
+    message = one_line(shown if said else name)
     return Failure(kind="exception", code=one_line(name), message=message)
 
 
@@ -121,8 +137,10 @@ def _succeeded(
     return Succeeded(), encoded
 
 
-def _failed(error: BaseException, reason: StopReason | None) -> Outcome:
-    if isinstance(error, asyncio.CancelledError) and reason is None:
+def _failed(
+    error: BaseException, child: ChildScope, judge: Callable[[BaseException], Verdict]
+) -> Outcome:
+    if isinstance(error, asyncio.CancelledError) and child.reason is None:
         return Failed(
             Failure(
                 kind="child_cancelled_itself",
@@ -130,9 +148,16 @@ def _failed(error: BaseException, reason: StopReason | None) -> Outcome:
                 message="raised CancelledError although nobody had cancelled it",
             )
         )
+    if isinstance(error, asyncio.CancelledError):
+        return stopped(child.reason, idled=child.idled)
     failure = describe(error)
-    # Cleaning up after a stop went wrong: the stop is still what ended the child.
-    return Failed(failure) if reason is None else stopped(reason, failure.message)
+    if child.reason is not None:
+        # Cleaning up after a stop went wrong: the stop is still what ended the child.
+        return stopped(child.reason, failure.message, idled=child.idled)
+    child.verdict = verdict = judge(error)
+    if verdict.category is not Category.OTHER:
+        failure = msgspec.structs.replace(failure, category=verdict.category)
+    return Failed(failure)
 
 
 def _was_stopped(child: ChildScope, error: BaseException) -> bool:

@@ -13,24 +13,29 @@ so that it can be put back in the queue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 
-from flowstead.engine.clock import Clock, Ids
+from flowstead.engine.child_scope import ChildScope
+from flowstead.engine.clock import Clock, Ids, monotonic
+from flowstead.engine.crew import Crew
 from flowstead.engine.guard import (
-    ChildScope,
     absorb_own_cancel,
     consists_of,
     describe,
     run_guarded,
 )
 from flowstead.engine.mailbox import Reply
+from flowstead.engine.stalls import Culprit, StallWatch, child_task_name
+from flowstead.engine.stop_scope import StopScope
 from flowstead.errors import (
     CancelPending,
+    ChildCancelled,
     CommitFailed,
     RuntimeClosed,
     SnapshotUnreadable,
@@ -48,16 +53,20 @@ from flowstead.model.command import (
     Patch,
 )
 from flowstead.model.effect import (
+    AbandonController,
+    AbandonTask,
+    DrainTask,
     Effect,
+    KillTask,
     StartController,
     StartTask,
     StopController,
-    StopReason,
     StopTask,
 )
-from flowstead.model.flow import Flow, FlowKey, Json
+from flowstead.model.flow import Failure, Flow, FlowKey, Json
 from flowstead.model.limits import Limits
-from flowstead.model.task import StoredTask
+from flowstead.model.task import StoredTask, TimedOut
+from flowstead.rules.classify import Classify, judge, judge_outcome
 from flowstead.rules.user_json import encode_json
 
 log = get_logger(__name__)
@@ -66,15 +75,23 @@ _UNSETTLED: Final = frozenset({Code.PERSIST_FAILED, Code.OUTCOME_UNKNOWN})
 _REPORT_AGAIN_SECONDS: Final = 1.0
 
 
-Run: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
-Stop: TypeAlias = Callable[[], object]
+class Work(NamedTuple):
+    """A child's code with everything it needs, and what its task says of the exceptions it may raise."""
+
+    run: Callable[[], Awaitable[Json]]
+    classify: Classify | None = None
 
 
 class Door(Protocol):
     """Where the code comes from: the door knows registries and contexts, the engine does not."""
 
-    def code_of(self, key: FlowKey, task: StoredTask) -> Callable[[], Awaitable[Json]] | None:
-        """The child's code, ready to run, or None if nobody has it."""
+    def code_of(self, key: FlowKey, task: StoredTask, child: ChildScope) -> Work | None:
+        """The child's code, ready to run, or None if nobody has it. `child` tells its executor of stops."""
+        ...
+
+    @property
+    def executors(self) -> Container[str]:
+        """Names of what can run children here."""
         ...
 
     def forget(self, key: FlowKey, task: StoredTask) -> None:
@@ -90,40 +107,6 @@ class Door(Protocol):
         ...
 
 
-class Crew:
-    """The code of one flow: its task group and the scopes inside it."""
-
-    def __init__(self) -> None:
-        self.controller: anyio.CancelScope | None = None
-        self.members = 0
-        self.group: TaskGroup | None = None
-        self._waiting: list[tuple[Run, Stop]] = []
-        self._empty = asyncio.Event()
-
-    async def host(self) -> None:
-        """Hold the task group for as long as it has members."""
-        async with anyio.create_task_group() as self.group:
-            waiting, self._waiting = self._waiting, []
-            for run, stop in waiting:
-                self.group.start_soon(_in_a_cell, run, stop)
-            await self._empty.wait()
-
-    def start(self, run: Run, stop: Stop) -> None:
-        """Run a member, at once or as soon as the group stands; `stop` is how shutdown stops it."""
-        self.members += 1
-        if self.group is None:
-            self._waiting.append((run, stop))
-        else:
-            self.group.start_soon(_in_a_cell, run, stop)
-
-    def leave(self) -> bool:
-        """A member has ended; answers whether it was the last."""
-        self.members -= 1
-        if self.members == 0:
-            self._empty.set()
-        return self.members == 0
-
-
 class Supervisor:
     """Starts, stops and reports running code."""
 
@@ -135,9 +118,15 @@ class Supervisor:
         clock: Clock,
         ids: Ids,
         limits: Limits,
+        watch_loop: bool = False,
     ) -> None:
         self._report = report
         self._door = door
+        self.stalls = (
+            StallWatch(limits.stall_seconds, now=monotonic, child_of=self._culprit)
+            if watch_loop
+            else None
+        )
         self._clock = clock
         self._ids = ids
         self._limits = limits
@@ -148,7 +137,14 @@ class Supervisor:
         self._ready = asyncio.Event()
         self._pauses: set[asyncio.Event] = set()
         self._stopping = False
-        self.interrupted: dict[FlowKey, list[str]] = {}
+        self.stopping = asyncio.Event()
+        """Set once nothing may be started any more."""
+        self.ignored_stops = self.abandoned = 0
+        self._given_up: Counter[FlowKey] = Counter()
+        self.attended: set[FlowKey] = set()
+        """The nested flows for which a child of the flow above stands."""
+        self.interrupted: dict[FlowKey, dict[str, bool]] = {}
+        """Children without an outcome, and whether their code had begun."""
 
     @property
     def running(self) -> Mapping[str, int]:
@@ -159,6 +155,11 @@ class Supervisor:
     def is_stopping(self) -> bool:
         """Whether nothing may be started any more."""
         return self._stopping
+
+    @property
+    def executors(self) -> Container[str]:
+        """Names of what can run children here."""
+        return self._door.executors
 
     def bound_of(self, key: FlowKey) -> Container[str]:
         """Names of the flow's children whose unregistered functions are in memory."""
@@ -195,46 +196,158 @@ class Supervisor:
     def stop(self) -> None:
         """Cancel all code. Nothing is started any more, and ends without an outcome are not reported."""
         self._stopping = True
+        self.stopping.set()
         for pause in self._pauses:
             pause.set()
         if self._group is not None:
             self._group.cancel_scope.cancel()
 
+    def kill_all(self) -> bool:
+        """End by force what children have outside this process; answers whether there was anything."""
+        killed = [child.kill() for child in list(self._children.values())]
+        return any(killed)
+
+    @property
+    def waits_for_somebody(self) -> bool:
+        """Whether code runs that has not been given up."""
+        return bool(self._children) or any(crew.controller for crew in self._crews.values())
+
     # ---- effects ----------------------------------------------------------------------------------
 
     def carry_out(self, key: FlowKey, effects: Sequence[Effect]) -> None:
         """Start and stop what a commit has made due."""
+        stops: list[Callable[[], object]] = []
         for effect in effects:
             match effect:
-                case StartTask(task):
-                    self._start_task(key, task)
+                case StartTask(task, adopted):
+                    self._start_task(key, task, adopted=adopted)
                 case StopTask(task_id, reason):
                     if child := self._children.get(task_id):
-                        child.stop(reason)
+                        stops.append(partial(child.stop, reason))
+                case KillTask(task_id):
+                    if child := self._children.get(task_id):
+                        stops.append(child.kill)
+                case DrainTask(task_id):
+                    if child := self._children.get(task_id):
+                        child.drain()
+                case AbandonTask(task_id):
+                    self._abandon_task(key, task_id)
                 case StartController(controller_id):
                     self._start_controller(key, controller_id)
-                case StopController():  # pragma: no branch - there is no fifth effect
+                case StopController():
                     crew = self._crews.get(key)
                     if crew is not None and crew.controller is not None:
                         crew.controller.cancel()
+                case AbandonController():  # pragma: no branch - there is no other effect
+                    self._abandon_controller(key)
+        if stops:
+            # In no task: anyio writes down who cancels, and for a task that is a third of the cost of a stop.
+            asyncio.get_running_loop().call_soon(_call_all, stops)
 
-    def _start_task(self, key: FlowKey, task: StoredTask) -> None:
+    def touch(self, task_id: str, attempt: int) -> None:
+        """A child has given a sign of life."""
+        child = self._children.get(task_id)
+        if child is not None and child.attempt == attempt:
+            child.touch()
+
+    def _culprit(self, task_id: str) -> Culprit | None:
+        child = self._children.get(task_id)
+        return None if child is None else Culprit(flow_id=child.flow_id, task_id=task_id)
+
+    def has_given_up(self, key: FlowKey) -> bool:
+        """Whether a controller of the flow was given up and still runs."""
+        return self._given_up[key] > 0
+
+    def hint_of(self, task_id: str) -> str | None:
+        """What keeps a running child from ending, where its executor has said."""
+        child = self._children.get(task_id)
+        return None if child is None else child.hint
+
+    def _is_late(self, key: FlowKey, task: StoredTask, child: ChildScope) -> None:
+        """A child past its deadline has been asked to stop; if it does not, it is killed, and then given up.
+
+        In memory, unlike the climb of a cancel: after a crash the attempt is cut off anyway.
+        """
+        if task.child_flow_id is None:  # a nested flow climbs by itself, and ends
+            kill = partial(self._kill_late, key, task, child)
+            child.climb = self._clock.call_later(self._limits.kill_after, kill)
+
+    def _kill_late(self, key: FlowKey, task: StoredTask, child: ChildScope) -> None:
+        child.kill()
+        abandon = partial(self._abandon_late, key, task, child)
+        child.climb = self._clock.call_later(self._limits.abandon_after, abandon)
+
+    def _abandon_late(self, key: FlowKey, task: StoredTask, child: ChildScope) -> None:
+        if self._children.get(task.task_id) is not child or self._group is None:
+            return
+        message = "would not stop at its deadline and was given up; its code may still run"
+        outcome = TimedOut(Failure(kind="abandoned", message=message))
+        # Never a second attempt beside the first.
+        end = EndReport(task_id=task.task_id, attempt=task.attempt, outcome=outcome, again=False)
+        self._group.start_soon(self._give_up_late, key, task, child, end)
+
+    async def _give_up_late(
+        self, key: FlowKey, task: StoredTask, child: ChildScope, end: EndReport
+    ) -> None:
+        # As long as that is not on record the child counts as running, so that nobody starts it beside itself.
+        await self._record(key, end)
+        if self._children.get(task.task_id) is child:
+            self._abandon_task(key, task.task_id)
+
+    def _abandon_task(self, key: FlowKey, task_id: str) -> None:
+        """The child's record has ended without it; whatever its code still does, it counts no more."""
+        child = self._children.pop(task_id, None)
+        if child is None:
+            return
+        del self._attempts[task_id]
+        child.close()
+        self.abandoned += 1
+        log.error("child.abandoned", flow_id=key.flow_id, task_id=task_id)
+
+    def _abandon_controller(self, key: FlowKey) -> None:
+        crew = self._crews.get(key)
+        if crew is None or crew.controller is None:
+            return
+        crew.controller.give_up()
+        crew.controller = None
+        self._given_up[key] += 1
+        self.abandoned += 1
+        log.error("controller.abandoned", flow_id=key.flow_id)
+        assert self._group is not None
+        self._group.start_soon(self._record, key, ControllerStopped())
+
+    def _start_task(self, key: FlowKey, task: StoredTask, *, adopted: bool) -> None:
         current = self._children.get(task.task_id)
         if current is not None and current.attempt == task.attempt:
             return
         if self._stopping:
-            self._interrupt(key, task)
+            if not _is_adopted_external(task, adopted=adopted):
+                self._interrupt(key, task, begun=False)
             return
-        child = self._children[task.task_id] = ChildScope(task.attempt)
+        child = ChildScope(task.attempt, self._clock, flow_id=key.flow_id, adopted=adopted)
+        self._children[task.task_id] = child
+        child.scope.ignored = partial(self._ignores_stop, key, task)
         self._attempts[task.task_id] = task.attempt
-        self._crew(key).start(partial(self._run_task, key, task, child), child.scope.cancel)
+        self._crew(key).start(
+            partial(self._run_task, key, task, child),
+            child.scope.cancel,
+            name=child_task_name(task.task_id),
+        )
+
+    def _ignores_stop(self, key: FlowKey, task: StoredTask) -> None:
+        self.ignored_stops += 1
+        log.warning("child.ignores_stop", flow_id=key.flow_id, task_id=task.task_id, task=task.task)
 
     def _start_controller(self, key: FlowKey, controller_id: str) -> None:
         if self._stopping or self.is_driven(key):
             return
         crew = self._crew(key)
-        scope = crew.controller = anyio.CancelScope()
-        crew.start(partial(self._run_controller, key, controller_id, crew), scope.cancel)
+        scope = crew.controller = StopScope(self._clock)
+        crew.start(
+            partial(self._run_controller, key, controller_id, crew),
+            scope.cancel,
+            name=f"flowstead controller {key.flow_id}",
+        )
 
     def _crew(self, key: FlowKey) -> Crew:
         crew = self._crews.get(key)
@@ -251,45 +364,61 @@ class Supervisor:
     # ---- children ---------------------------------------------------------------------------------
 
     async def _run_task(self, key: FlowKey, task: StoredTask, child: ChildScope) -> None:
-        timer = None
-        if task.timeout is not None:
-            timer = self._clock.call_later(task.timeout, partial(child.stop, StopReason.TIMED_OUT))
+        stalls, task_id = self.stalls, task.task_id
+        if stalls is not None:
+            stalls.enter()
+        lost = _nothing if stalls is None else partial(stalls.lost_to, task_id)
+        late = partial(self._is_late, key, task, child)
+        child.limit(self._clock, lost, late, wall=task.timeout, idle=task.idle_timeout)
         try:
-            await self._record(key, await self._run_to_end(key, task, child))
+            end = await self._run_to_end(key, task, child)
+            if self._children.get(task_id) is child:
+                await self._record(key, end)
+            else:
+                log.info("end.too_late", flow_id=key.flow_id, task_id=task_id)
         finally:
-            if self._children.get(task.task_id) is child:
-                del self._children[task.task_id]
-                del self._attempts[task.task_id]
-            if timer is not None:
-                timer.cancel()
+            if self._children.get(task_id) is child:
+                del self._children[task_id]
+                del self._attempts[task_id]
+            child.close()
+            if stalls is not None:
+                stalls.leave()
+                stalls.forget(task_id)
             self._leave(key)
 
     async def _run_to_end(self, key: FlowKey, task: StoredTask, child: ChildScope) -> EndReport:
+        retry = None if task.launch is None else task.launch.retry
         try:
             if self._stopping:
                 raise asyncio.CancelledError
-            code = self._door.code_of(key, task)
-            if code is None:
-                code = _no_code
+            code = self._door.code_of(key, task, child) or Work(_no_code)
             outcome, result = await run_guarded(
                 child,
-                code,
+                code.run,
                 encode_result=self._encode_result,
                 is_shutdown=lambda: self._stopping,
+                judge=partial(judge, retry=retry, classify=code.classify),
             )
         except asyncio.CancelledError:
-            self._interrupt(key, task)
+            is_ours = self._children.get(task.task_id) is child
+            unseen = not child.begun and _is_adopted_external(task, adopted=child.adopted)
+            if is_ours and not unseen:
+                self._interrupt(key, task, begun=child.begun)
             raise
+        verdict = child.verdict or judge_outcome(outcome, retry)
         return EndReport(
             task_id=task.task_id,
             attempt=task.attempt,
             outcome=outcome,
             result=result,
             chance=self._ids.chance(),
+            again=verdict.again,
+            review=verdict.review,
+            retry_after=verdict.retry_after,
         )
 
-    def _interrupt(self, key: FlowKey, task: StoredTask) -> None:
-        self.interrupted.setdefault(key, []).append(task.task_id)
+    def _interrupt(self, key: FlowKey, task: StoredTask, *, begun: bool) -> None:
+        self.interrupted.setdefault(key, {})[task.task_id] = begun
 
     def _encode_result(self, value: Json) -> Any:
         limits = self._limits
@@ -314,9 +443,9 @@ class Supervisor:
             log.warning("end.not_recorded", flow_id=key.flow_id, reason=reason)
             if self._stopping:
                 return
-            await self._pause()
+            await self.pause()
 
-    async def _pause(self) -> None:
+    async def pause(self) -> None:
         """Give a failing disk time, by the runtime's clock, but do not hold up a shutdown."""
         over = asyncio.Event()
         self._pauses.add(over)
@@ -334,16 +463,20 @@ class Supervisor:
         assert scope is not None
         try:
             end = await self._end_of_controller(key, controller_id, scope)
+            if crew.controller is not scope:
+                return  # given up long ago
             # From here on the flow is not driven any more, so that its end can be concluded.
             crew.controller = None
             await self._record(key, end)
         finally:
             if crew.controller is scope:
                 crew.controller = None
+            elif scope.is_given_up:
+                self._given_up[key] -= 1
             self._leave(key)
 
     async def _end_of_controller(
-        self, key: FlowKey, controller_id: str, scope: anyio.CancelScope
+        self, key: FlowKey, controller_id: str, scope: StopScope
     ) -> Command:
         """Run the controller and say how it ended, as a command.
 
@@ -368,6 +501,8 @@ class Supervisor:
                 # It asked for something a moment before it was stopped; the next runtime enters it again.
                 raise asyncio.CancelledError from error
             log.warning("controller.failed", flow_id=key.flow_id, error=type(error).__name__)
+            if consists_of(error, ChildCancelled):
+                return ControllerStopped(failure=describe(error))
             return _controller_failed(error)
         if end is None and self._stopping:
             raise asyncio.CancelledError
@@ -384,7 +519,7 @@ class Supervisor:
                 log.warning("controller.interrupted", flow_id=key.flow_id, reason=str(error))
                 if isinstance(error, SnapshotUnreadable):
                     break
-            await self._pause()
+            await self.pause()
         return ControllerStopped()
 
     async def _drive(self, key: FlowKey, controller_id: str) -> Command:
@@ -405,25 +540,21 @@ def _controller_failed(error: BaseException) -> Command:
     return Fail(expected_revision=None, patch=Patch(), failure=describe(error))
 
 
-async def _in_a_cell(run: Run, stop: Stop) -> None:
-    """Run a member in a bare task inside its place in the group.
+def _call_all(callbacks: Sequence[Callable[[], object]]) -> None:
+    for callback in callbacks:
+        callback()
 
-    Code that leaves a cancel scope open, as an async generator that is not read to its end easily does, spoils
-    the task it ran in, and anyio would take the whole group down with it. So that task is one of its own.
+
+def _is_adopted_external(task: StoredTask, *, adopted: bool) -> bool:
+    """Whether only the child's code can see to what an earlier process may have left of it.
+
+    As long as that has not run, the record stays as it is, and the next runtime adopts the child again.
     """
-    cell = asyncio.create_task(run())
-    ended = asyncio.Event()
-    cell.add_done_callback(lambda _: ended.set())
-    try:
-        await ended.wait()
-    finally:
-        if not cell.done():
-            # By its scope, not by Task.cancel: what the code shields from cancellation stays shielded.
-            stop()
-            with anyio.CancelScope(shield=True):
-                await ended.wait()
-        if not cell.cancelled() and (error := cell.exception()) is not None:
-            log.error("code.escaped_its_guard", error=type(error).__name__)
+    return adopted and task.launch is not None and task.launch.external
+
+
+def _nothing() -> float:
+    return 0.0
 
 
 async def _no_code() -> Json:

@@ -21,6 +21,9 @@ class Code(StrEnum):
     DUPLICATE = "duplicate"
     FLOW_EXISTS = "flow_exists"
     NOT_LINKED = "not_linked"
+    NOT_RETRYABLE = "not_retryable"
+    ABANDONED = "abandoned"
+    LIMIT_REACHED = "limit_reached"
     OVERLOADED = "overloaded"
     PERSIST_FAILED = "persist_failed"
     OUTCOME_UNKNOWN = "outcome_unknown"
@@ -39,6 +42,10 @@ NOT_MANAGED = Refusal(Code.NOT_MANAGED, "Flow is not managed by its owner.")
 NO_CHILDREN_ACCEPTED = Refusal(Code.NOT_MANAGED, "Flow does not accept managed child tasks.")
 CANCEL_REQUESTED = Refusal(Code.CANCEL_REQUESTED, "Flow cancellation has already been requested.")
 CANCEL_PENDING = Refusal(Code.CANCEL_PENDING, "One or more child tasks are still active.")
+ABANDONED = Refusal(
+    Code.ABANDONED,
+    "Flow is cancelled, but code of it that would not stop was given up and may still run.",
+)
 MAILBOX_FULL = Refusal(
     Code.OVERLOADED, "Flow has too many mutations waiting. Nothing changed; try again."
 )

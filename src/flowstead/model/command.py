@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.model.flow import Failure, FlowStatus, StoredFlow
-from flowstead.model.task import Launch, Outcome, TaskStatus, TerminalOutcome
+from flowstead.model.task import Launch, Outcome, StoredTask, TaskStatus, TerminalOutcome
 
 
 class Defect(msgspec.Struct, frozen=True, gc=False):
@@ -34,10 +34,11 @@ class Patch(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Create(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Make the flow. `draft` carries everything; `defect` refuses it."""
+    """Make the flow. `draft` has everything; `defect` refuses it; `carried` are ended children it begins with."""
 
     draft: StoredFlow
     defect: Defect | None = None
+    carried: tuple[StoredTask, ...] = ()
 
 
 class SetWaiting(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -85,9 +86,9 @@ class Fail(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class RequestCancel(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Stamp the intent: nothing new starts, what runs goes on."""
+    """Stamp the intent: nothing new starts, what runs goes on. Without a revision: passed on from a flow above."""
 
-    expected_revision: int
+    expected_revision: int | None
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -101,7 +102,12 @@ class EnterController(msgspec.Struct, frozen=True, gc=False):
 
 
 class ControllerStopped(msgspec.Struct, frozen=True, gc=False):
-    """The controller was cancelled, or gave way to a cancel intent, without ending the flow."""
+    """The controller was cancelled, or gave way to a cancel intent, without ending the flow.
+
+    `failure` is what the flow fails with if there is no intent that it could have given way to.
+    """
+
+    failure: Failure | None = None
 
 
 class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -119,7 +125,17 @@ class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     started_at: int | None = None
     last_event_at: int | None = None
     timeout: float | None = None
+    idle_timeout: float | None = None
+    queue_timeout: float | None = None
+    child_flow_id: str | None = None
     launch: Launch | None = None
+
+
+class Spawn(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Make a flow that follows the one task it is made with."""
+
+    draft: StoredFlow
+    task: TaskDraft
 
 
 class AddTasks(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -142,7 +158,11 @@ class ProgressReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class EndReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A child ended. Code run here names its `attempt`, so that a late result cannot speak for a newer one."""
+    """A child ended. Code run here names its `attempt`, so that a late result cannot speak for a newer one.
+
+    `again` says that a failure is worth another attempt, as far as the policy leaves one, `review` that a
+    person should look at it first, and `retry_after` how many seconds whoever refused asked for.
+    """
 
     task_id: str
     outcome: Outcome
@@ -151,6 +171,16 @@ class EndReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     terminal_summary: str | None = None
     terminal_outcome: TerminalOutcome | None = None
     chance: float = 0.0
+    again: bool = True
+    review: bool = False
+    retry_after: float | None = None
+
+
+class RetryTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Start a child's next attempt now, with another input if one is given."""
+
+    task_id: str
+    input_json: Encoded | UnsetType = UNSET
 
 
 class CancelTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -160,13 +190,21 @@ class CancelTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class ReleaseTasks(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Children stopped by shutdown go back to the queue, their attempt unspent."""
+    """Children stopped by shutdown go back to the queue, their attempt unspent.
+
+    Of those in `begun` code has run: what must not be done twice ends as lost.
+    """
 
     task_ids: tuple[str, ...]
+    begun: frozenset[str] = frozenset()
 
 
 class Tick(msgspec.Struct, frozen=True, gc=False):
-    """A due instant of the flow has come: a retry, or the end of a cancel's grace."""
+    """A due instant of the flow has come: a retry, a deadline, the next rung of a stop."""
+
+
+class Wake(msgspec.Struct, frozen=True, gc=False):
+    """A slot has come free that a child of the flow may take."""
 
 
 class Recover(msgspec.Struct, frozen=True, gc=False):
@@ -184,12 +222,15 @@ Command: TypeAlias = (
     | Cancel
     | EnterController
     | ControllerStopped
+    | Spawn
     | AddTasks
     | StartReport
     | ProgressReport
     | EndReport
+    | RetryTask
     | CancelTask
     | ReleaseTasks
     | Tick
+    | Wake
     | Recover
 )

@@ -16,12 +16,14 @@ class StopReason(StrEnum):
     CANCELLED = "cancelled"
     TIMED_OUT = "timed_out"
     FLOW_ENDED = "flow_ended"
+    INTERRUPTED = "interrupted"
 
 
 class StartTask(msgspec.Struct, frozen=True):
-    """Run this attempt of a launched child."""
+    """Run this attempt of a launched child; `adopted` if an earlier process has run part of it."""
 
     task: StoredTask
+    adopted: bool = False
 
 
 class StopTask(msgspec.Struct, frozen=True):
@@ -29,6 +31,24 @@ class StopTask(msgspec.Struct, frozen=True):
 
     task_id: str
     reason: StopReason
+
+
+class KillTask(msgspec.Struct, frozen=True):
+    """End what a stopped child still has running, by force where there is one."""
+
+    task_id: str
+
+
+class AbandonTask(msgspec.Struct, frozen=True):
+    """Count a child that would not stop as running no more; its record has ended without it."""
+
+    task_id: str
+
+
+class DrainTask(msgspec.Struct, frozen=True):
+    """Tell a child that stands for a nested flow that nothing new may start."""
+
+    task_id: str
 
 
 class StartController(msgspec.Struct, frozen=True):
@@ -41,4 +61,17 @@ class StopController(msgspec.Struct, frozen=True):
     """Cancel the scope of the flow's controller."""
 
 
-Effect: TypeAlias = StartTask | StopTask | StartController | StopController
+class AbandonController(msgspec.Struct, frozen=True):
+    """Count a controller that would not stop as running no more."""
+
+
+Effect: TypeAlias = (
+    StartTask
+    | StopTask
+    | KillTask
+    | AbandonTask
+    | DrainTask
+    | StartController
+    | StopController
+    | AbandonController
+)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, TypeAlias
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from flowstead.model.retry import Category
+
 Json: TypeAlias = Any
 """Any value JSON can hold: str, int, finite float, bool, None, and lists and string-keyed dicts of these."""
 
@@ -60,18 +62,22 @@ class Failure(
     """Why something failed: `kind` for programs, `message` for people.
 
     `kind` is a short snake_case word (`exception`, `timed_out`, `bad_result`, …), `code` the exception's
-    class name or a caller's own code, `message` one capped line without control characters.
+    class name or a caller's own code, `message` one capped line without control characters. `category` is set
+    where the sort of failure is known.
     """
 
     kind: str
     code: str | None = None
     message: str | None = None
+    category: Category | None = None
 
 
 class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """A flow as its owner sees it: a snapshot that never changes and shares nothing.
 
-    Instants are integer epoch milliseconds. `ended_at` is set exactly when the flow is final.
+    Instants are integer epoch milliseconds. `ended_at` is set exactly when the flow is final. `cancel_started_at`
+    is set once what runs is being stopped, `parent_task_id` where the flow is the child of another one, and
+    `retry_of` names the ended flow that this one goes on from.
     """
 
     flow_id: str
@@ -91,7 +97,9 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     blocked_task_id: str | None = None
     blocked_summary: str | None = None
     cancel_requested_at: Whole | None = None
+    cancel_started_at: Whole | None = None
     parent_task_id: str | None = None
+    retry_of: str | None = None
     failure: Failure | None = None
     created_at: Whole
     updated_at: Whole
@@ -101,7 +109,8 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
 class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
     """A flow as the runtime keeps it: user JSON stays encoded, and bookkeeping rides along.
 
-    `key` is the store's number for the flow; ids are unique only per owner.
+    `key` is the store's number for the flow; ids are unique only per owner. `depth` counts the flows above a
+    nested one, and `root_id` is the id of the topmost.
     """
 
     key: Whole
@@ -110,6 +119,8 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
     wait_json: Raw | UnsetType = UNSET
     idempotency_key: str | None = None
     request_digest: str | None = None
+    depth: Whole = 0
+    root_id: str | None = None
 
 
 def has_ended(flow: Flow) -> bool:

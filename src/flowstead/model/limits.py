@@ -15,10 +15,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         json_depth: Deepest nesting of lists and objects in user JSON.
         mailbox: Most mutations waiting for one flow; one more is refused as `overloaded`.
         running_children: Most launched children of one flow running at once, where no limit is given.
+        running_in_all: Most launched children of the runtime running at once; those that only wait for a
+            nested flow do not count.
         active_children: Most children of one flow without an outcome.
+        nested_depth: Most flows above a nested one.
+        nested_flows: Most live flows under one outermost flow.
+        threads: Most threads for children that are plain functions.
+        processes: Most worker processes for children that run in one.
         interruptions: Most crashes a launched child is started again after; then it is `lost`.
         batch: Most flows written in one transaction.
         cancel_grace: How long a requested cancel may stay without an end before the runtime ends the flow.
+        kill_after: How long a child that is stopped may take to end by itself; then its processes are killed.
+        abandon_after: How long after that a child is given up: it ends as cancelled, whatever its code still does.
+        stall_seconds: How long the event loop may be held up before it counts as a stall.
         shutdown_grace: How long closing waits for children to stop.
         idle_seconds: How long an idle flow stays in memory.
         idle_flows: Most flows that stay in memory; beyond it those idle longest go at once.
@@ -31,10 +40,18 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     json_depth: int = 100
     mailbox: int = 1024
     running_children: int = 8
+    running_in_all: int = 10_000
     active_children: int = 100_000
+    nested_depth: int = 16
+    nested_flows: int = 1_000
+    threads: int = 40
+    processes: int = 4
     interruptions: int = 16
     batch: int = 512
     cancel_grace: float = 60.0
+    kill_after: float = 5.0
+    abandon_after: float = 25.0
+    stall_seconds: float = 0.5
     shutdown_grace: float = 5.0
     idle_seconds: float = 5.0
     idle_flows: int = 12_288

@@ -27,6 +27,9 @@ class TaskStatus(StrEnum):
 LAUNCHED_RUNTIME: Final = "task"
 """The `runtime` of children this runtime runs itself, unless their caller gives another word."""
 
+CODE: Final = "code"
+"""The executor of plain functions."""
+
 ACTIVE_TASK_STATUSES: Final = frozenset({TaskStatus.QUEUED, TaskStatus.RUNNING})
 FAILED_TASK_STATUSES: Final = frozenset({TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.LOST})
 
@@ -60,7 +63,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     """A child task as its flow's owner sees it: a snapshot that shares nothing.
 
     `attempt` counts starts, from 1; it is 0 while the child has never been started by this runtime.
-    `cancel_requested_at` is set once it has been asked to stop while it ran: it is not tried again.
+    `cancel_requested_at` is set once it has been asked to stop while it ran: it is not tried again, and
+    `kill_requested_at` once it was given up on stopping by itself. `review_requested_at` is set while a person
+    has to look at its failure. `timeout` and `idle_timeout` bound each attempt, `queue_timeout` the wait for
+    the first. `child_flow_id` is the flow a nested child stands for.
     """
 
     task_id: str
@@ -76,6 +82,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     max_attempts: Whole = 1
     next_attempt_at: Whole | None = None
     timeout: float | None = None
+    idle_timeout: float | None = None
+    queue_timeout: float | None = None
+    child_flow_id: str | None = None
     result_json: Json = None
     failure: Failure | None = None
     progress_summary: str | None = None
@@ -86,7 +95,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     created_at: Whole
     started_at: Whole | None = None
     last_event_at: Whole | None = None
+    review_requested_at: Whole | None = None
     cancel_requested_at: Whole | None = None
+    kill_requested_at: Whole | None = None
     ended_at: Whole | None = None
     cleanup_after: Whole | None = None
 
@@ -95,9 +106,18 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_def
     """How the runtime runs a child itself; a linked child has none.
 
     `function` names a registered task; without one the callable was handed over in memory and is gone
-    after a crash. Children of one `group` share its `limit`; without a group, the flow's own.
+    after a crash, unless the `executor` needs none: then `spec` says what it does. Children of one `group`
+    share its `limit`; without a group, the flow's own. Something of an `external` child may live on after our
+    process has died. One that does not `hold_slot` only waits for others, and counts towards no limit but its
+    flow's. `depth` and `root_id` are those of the nested flow the child stands for.
     """
 
+    executor: str = CODE
+    spec: Raw | UnsetType = UNSET
+    external: bool = False
+    holds_slot: bool = True
+    depth: int = 0
+    root_id: str | None = None
     function: str | None = None
     on_restart: OnRestart = OnRestart.RETRY
     retry: Retry | None = None
@@ -114,6 +134,11 @@ class StoredTask(Task, frozen=True, kw_only=True, rename="camel", omit_defaults=
     result_json: Raw | UnsetType = UNSET
     launch: Launch | None = None
     interruptions: Whole = 0
+
+
+def is_bare(launch: Launch) -> bool:
+    """Whether the child runs a function that only its own process has."""
+    return launch.function is None and launch.spec is UNSET
 
 
 def is_active(task: Task) -> bool:

@@ -9,7 +9,7 @@ ten thousand wait.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -17,21 +17,27 @@ from flowstead.model.task import StoredTask, TaskStatus, is_active
 
 
 class Group:
-    """Children that share one limit: those waiting to start, in order, and how many run."""
+    """Children that share one limit: how many run, and those waiting to start, in a line for each function.
 
-    __slots__ = ("limit", "queue", "running")
+    The lines are apart because a function may have no room left in the whole runtime; children of the others
+    must not stand behind it.
+    """
+
+    __slots__ = ("limit", "lines", "running")
 
     def __init__(self) -> None:
         self.limit: int | None = None
-        self.queue: deque[str] = deque()
+        self.lines: dict[str, deque[str]] = {}
         self.running = 0
 
 
 class Children(msgspec.Struct, gc=False):
-    """The book. `active` maps task id to the child; read it freely, change it only by `put`."""
+    """The book. `active` maps task id to the child, `in_review` names those a person has to look at, oldest
+    first. Read them freely, change them only by `put`."""
 
     active: dict[str, StoredTask] = {}
     run_ids: dict[str, str] = {}
+    in_review: dict[str, None] = {}
     _groups: dict[str, Group] = {}
     _in_line: dict[str, None] = {}
 
@@ -41,7 +47,14 @@ class Children(msgspec.Struct, gc=False):
         book = cls(run_ids=dict(run_ids))
         for task in active:
             book.put(task)
+        if book.in_review:
+            oldest_first = sorted(book.in_review, key=book._asked_at)
+            book.in_review = dict.fromkeys(oldest_first)
         return book
+
+    def _asked_at(self, task_id: str) -> tuple[int, int]:
+        task = self.active[task_id]
+        return task.review_requested_at or 0, task.key
 
     def put(self, task: StoredTask) -> None:
         """Take over a child as it is now."""
@@ -50,6 +63,10 @@ class Children(msgspec.Struct, gc=False):
             self.active[task.task_id] = task
         else:
             self.active.pop(task.task_id, None)
+        if task.review_requested_at is not None:
+            self.in_review[task.task_id] = None
+        elif self.in_review:
+            self.in_review.pop(task.task_id, None)
         if task.run_id is not None:
             self.run_ids[task.run_id] = task.task_id
         if task.launch is not None:
@@ -57,30 +74,62 @@ class Children(msgspec.Struct, gc=False):
             group.running += _runs(task) - (before is not None and _runs(before))
 
     def line_up(self, task_id: str) -> None:
-        """Put a queued child at the end of its group's line, unless it stands there already."""
+        """Put a queued child at the end of its line, unless it stands there already."""
         task = self.active.get(task_id)
         if task is not None and task_id not in self._in_line:
+            assert task.launch is not None
             self._in_line[task_id] = None
-            self._group_of(task).queue.append(task_id)
+            lines = self._group_of(task).lines
+            lines.setdefault(task.launch.function or "", deque()).append(task_id)
 
     @property
     def has_line(self) -> bool:
         """Whether any child waits for its turn."""
         return bool(self._in_line)
 
-    def next_startable(self, default_limit: int) -> Iterator[StoredTask]:
-        """Take the children that may start now out of the line, group by group, oldest first.
+    def next_startable(
+        self, default_limit: int, has_room: Callable[[StoredTask], bool]
+    ) -> Iterator[StoredTask]:
+        """Take the children that may start now out of their lines, group by group, oldest first.
 
-        Each must be `put` back as running before the next is asked for.
+        `has_room` is asked for each before it is taken, and keeps the room. Each must be `put` back as running
+        before the next is asked for.
         """
         for group in self._groups.values():
             limit = default_limit if group.limit is None else group.limit
-            while group.queue and group.running < limit:
-                task_id = group.queue.popleft()
-                del self._in_line[task_id]
-                task = self.active.get(task_id)
-                if task is not None and task.status is TaskStatus.QUEUED:
+            full: set[str] = set()
+            while group.running < limit and (task := self._head(group, full)) is not None:
+                assert task.launch is not None
+                name = task.launch.function or ""
+                if has_room(task):
+                    self._step_out(group, name)
                     yield task
+                else:
+                    full.add(name)
+
+    def _head(self, group: Group, full: set[str]) -> StoredTask | None:
+        """The oldest child at the head of a line that has room."""
+        oldest: StoredTask | None = None
+        for name in [name for name in group.lines if name not in full]:
+            task = self._first_in(group, name)
+            if task is not None and (oldest is None or task.key < oldest.key):
+                oldest = task
+        return oldest
+
+    def _first_in(self, group: Group, name: str) -> StoredTask | None:
+        """The head of a line, once those that have ended meanwhile, or run, have left it."""
+        while (line := group.lines.get(name)) is not None:
+            task = self.active.get(line[0])
+            if task is not None and task.status is TaskStatus.QUEUED:
+                return task
+            self._step_out(group, name)
+        return None
+
+    def _step_out(self, group: Group, name: str) -> None:
+        line = group.lines[name]
+        del self._in_line[line.popleft()]
+        if not line:
+            del group.lines[name]
 
     def launched(self) -> list[StoredTask]:
         """The active children this runtime runs, oldest first."""

@@ -22,27 +22,24 @@ from flowstead.model.code import (
     Code,
     Refusal,
 )
-from flowstead.model.effect import StartController, StopController
+from flowstead.model.effect import DrainTask, StopController
 from flowstead.model.event import EventType
 from flowstead.model.flow import FlowStatus, StoredFlow, SyncMode, has_ended
 from flowstead.rules import decide_tasks as tasks
-from flowstead.rules import lifecycle
-from flowstead.rules.decide_tasks import (
-    Answer,
-    defect_refusal,
-    end_cancelled,
-    has_begun,
-    stop_children,
-)
+from flowstead.rules import lifecycle, mirror, review, stops
 from flowstead.rules.lifecycle import Operation
 from flowstead.rules.recovery import recover
 from flowstead.rules.view import (
     NOTHING,
+    Answer,
     Decision,
     Fact,
     View,
     all_fields,
     change_flow,
+    defect_refusal,
+    enter_controller,
+    start_cancel,
 )
 
 
@@ -62,14 +59,28 @@ def _create(view: View, command: c.Create) -> Answer:
             and existing.idempotency_key == draft.idempotency_key
             and existing.request_digest == draft.request_digest
         )
-        return NOTHING if same else Refusal(Code.FLOW_EXISTS, "Flow already exists.")
+        if not same:
+            return Refusal(Code.FLOW_EXISTS, "Flow already exists.")
+        # Whoever stands for a nested flow asks for it, made or not; then it may move again.
+        return NOTHING if existing.parent_task_id is None else recover(view, c.Recover())
     if command.defect is not None:
         return Refusal(Code(command.defect.code), command.defect.reason)
+    carried = [fact for task in command.carried for fact in tasks.carried_facts(task)]
     return Decision(
         flow=draft,
-        facts=(Fact(EventType.FLOW_CREATED, all_fields(draft)),),
-        effects=_enter(view, draft),
+        tasks=command.carried,
+        facts=(Fact(EventType.FLOW_CREATED, all_fields(draft)), *carried),
+        effects=enter_controller(view, draft),
     )
+
+
+def _spawn(view: View, command: c.Spawn) -> Answer:
+    if view.flow is not None:
+        return Refusal(Code.FLOW_EXISTS, "Flow already exists.")
+    if isinstance(command.task.input_json, c.Defect):
+        return defect_refusal(command.task.input_json)
+    flow = mirror.first(command.draft, command.task)
+    return tasks.add_first(view, flow, command.task, Fact(EventType.FLOW_CREATED, all_fields(flow)))
 
 
 def _set_waiting(view: View, command: c.SetWaiting) -> Answer:
@@ -107,7 +118,14 @@ def _resume(view: View, command: c.Resume) -> Answer:
     )
     if isinstance(answer, Refusal):
         return answer
-    return Decision(flow=answer.flow, facts=answer.facts, effects=_enter(view, flow))
+    reviewed = review.approve_blocker(view, flow)
+    return Decision(
+        flow=answer.flow,
+        tasks=reviewed.tasks,
+        facts=(*answer.facts, *reviewed.facts),
+        effects=enter_controller(view, flow),
+        lined_up=reviewed.lined_up,
+    )
 
 
 def _update(view: View, command: c.Update) -> Answer:
@@ -159,13 +177,22 @@ def _request_cancel(view: View, command: c.RequestCancel) -> Answer:
     flow = _admit(view, Operation.REQUEST_CANCEL, command.expected_revision)
     if isinstance(flow, Refusal):
         return flow
-    after, fact = _stamp_intent(flow, view.now)
-    unstarted = [task for task in view.children.active.values() if not has_begun(view, task)]
-    ended = [end_cancelled(task, view.now, "cancellation was requested") for task in unstarted]
+    after, fact = change_flow(
+        flow, view.now, EventType.FLOW_CANCEL_REQUESTED, cancel_requested_at=view.now
+    )
+    unstarted = [task for task in view.children.active.values() if not stops.has_begun(view, task)]
+    ended = [
+        stops.end_cancelled(task, view.now, "cancellation was requested") for task in unstarted
+    ]
     return Decision(
         flow=after,
         tasks=tuple(task for task, _ in ended),
         facts=(fact, *(fact for _, fact in ended)),
+        effects=tuple(
+            DrainTask(task.task_id)
+            for task in view.children.active.values()
+            if task.child_flow_id is not None and view.has_code(task)
+        ),
     )
 
 
@@ -178,14 +205,16 @@ def _cancel(view: View, command: c.Cancel) -> Answer:
     if refused := lifecycle.refusal(flow, Operation.CANCEL):
         return refused
     facts: list[Fact] = []
-    if flow.cancel_requested_at is None:
-        flow, fact = _stamp_intent(flow, view.now)
+    if flow.cancel_started_at is None:
+        flow, fact = start_cancel(flow, view.now)
         facts.append(fact)
-    ended, stopped = stop_children(view, list(view.children.active.values()), "flow cancelled")
+    changes, stopped = stops.stop_children(
+        view, list(view.children.active.values()), "flow cancelled"
+    )
     return Decision(
         flow=flow if facts else None,
-        tasks=tuple(task for task, _ in ended),
-        facts=(*facts, *(fact for _, fact in ended)),
+        tasks=tuple(task for task, _ in changes),
+        facts=(*facts, *(fact for _, fact in changes)),
         effects=(*stopped, *((StopController(),) if view.driven else ())),
     )
 
@@ -206,15 +235,16 @@ def _enter_controller(view: View, command: c.EnterController) -> Answer:
 
 
 def _controller_stopped(view: View, command: c.ControllerStopped) -> Answer:
+    flow = view.flow
+    if flow is None:
+        return NOT_FOUND
+    if command.failure is None or flow.cancel_requested_at is not None or has_ended(flow):
+        return NOTHING
+    return _fail(view, c.Fail(expected_revision=None, patch=c.Patch(), failure=command.failure))
+
+
+def _wake(view: View, command: c.Wake) -> Answer:
     return NOT_FOUND if view.flow is None else NOTHING
-
-
-def _enter(view: View, flow: StoredFlow) -> tuple[StartController, ...]:
-    """The effect that starts the flow's controller, where one is registered and none runs."""
-    controller = flow.controller_id
-    if controller is None or controller not in view.controllers or view.driven:
-        return ()
-    return (StartController(controller),)
 
 
 # ---- what the deciders share ----------------------------------------------------------------------
@@ -250,10 +280,6 @@ def _changed(flow: StoredFlow, now: int, event: EventType, patch: c.Patch, **fie
     return Decision(flow=after, facts=(fact,))
 
 
-def _stamp_intent(flow: StoredFlow, now: int) -> tuple[StoredFlow, Fact]:
-    return change_flow(flow, now, EventType.FLOW_CANCEL_REQUESTED, cancel_requested_at=now)
-
-
 _DECIDERS: dict[type[Any], Callable[[View, Any], Answer]] = {
     c.Create: _create,
     c.SetWaiting: _set_waiting,
@@ -265,12 +291,15 @@ _DECIDERS: dict[type[Any], Callable[[View, Any], Answer]] = {
     c.Cancel: _cancel,
     c.EnterController: _enter_controller,
     c.ControllerStopped: _controller_stopped,
+    c.Spawn: _spawn,
     c.AddTasks: tasks.add_tasks,
     c.StartReport: tasks.report_start,
     c.ProgressReport: tasks.report_progress,
     c.EndReport: tasks.report_end,
-    c.CancelTask: tasks.cancel_task,
-    c.ReleaseTasks: tasks.release_tasks,
-    c.Tick: tasks.tick,
+    c.RetryTask: review.retry_task,
+    c.CancelTask: stops.cancel_task,
+    c.ReleaseTasks: stops.release_tasks,
+    c.Tick: stops.tick,
+    c.Wake: _wake,
     c.Recover: recover,
 }

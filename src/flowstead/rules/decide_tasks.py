@@ -1,30 +1,47 @@
-"""What commands do to the children of a flow: adding them, reports about them, and stopping them.
+"""What commands do to the children of a flow: adding them, and reports about them.
 
-The other half of `decide`, under the same rules: nothing is changed here, and a refused command has no effect.
+Another part of `decide`, under the same rules: nothing is changed here, and a refused command has no effect.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import msgspec
 
 from flowstead.model import command as c
-from flowstead.model.code import (
-    CANCEL_REQUESTED,
-    NO_CHILDREN_ACCEPTED,
-    NOT_FOUND,
-    TASK_NOT_FOUND,
-    Code,
-    Refusal,
-)
-from flowstead.model.effect import StartTask, StopReason, StopTask
+from flowstead.model.code import CANCEL_REQUESTED, NO_CHILDREN_ACCEPTED, NOT_FOUND, Code, Refusal
+from flowstead.model.effect import StartTask
 from flowstead.model.event import EventType
-from flowstead.model.flow import StoredFlow, SyncMode
-from flowstead.model.task import Cancelled, StoredTask, TaskStatus
+from flowstead.model.flow import Json, StoredFlow, SyncMode
+from flowstead.model.task import Failed, StoredTask, TaskStatus, is_bare
 from flowstead.rules import endings, lifecycle
 from flowstead.rules.lifecycle import Operation
-from flowstead.rules.view import NOTHING, Decision, Fact, View
+from flowstead.rules.view import NOTHING, Answer, Decision, Fact, View, defect_refusal, told_of
 
-Answer: TypeAlias = Decision | Refusal
+
+def add_first(view: View, flow: StoredFlow, draft: c.TaskDraft, told: Fact) -> Decision:
+    """The one child of a flow that is made with it."""
+    task, fact = _make_task(flow, draft, view.now)
+    return Decision(
+        flow=flow,
+        tasks=(task,),
+        facts=(told, fact),
+        lined_up=() if draft.launch is None else (task.task_id,),
+        answered=(task.task_id,),
+    )
+
+
+def carried_facts(task: StoredTask) -> tuple[Fact, Fact]:
+    """What the history says of an ended child that a flow begins with."""
+    told = _told(task)
+    ended = {
+        name: value
+        for name, value in told_of(task).items()
+        if name == "status" or told.get(name) != value
+    }
+    return (
+        Fact(EventType.TASK_CREATED, told, task.task_id),
+        Fact(EventType.TASK_ENDED, ended, task.task_id),
+    )
 
 
 def add_tasks(view: View, command: c.AddTasks) -> Answer:
@@ -41,6 +58,12 @@ def add_tasks(view: View, command: c.AddTasks) -> Answer:
         for draft in new:
             if isinstance(draft.input_json, c.Defect):
                 return defect_refusal(draft.input_json)
+            if draft.child_flow_id is not None and flow.depth >= view.limits.nested_depth:
+                return Refusal(
+                    Code.LIMIT_REACHED,
+                    f"Flow is nested {flow.depth} deep already; the limit is"
+                    f" {view.limits.nested_depth}. Nothing was added.",
+                )
         if len(view.children.active) + len(new) > view.limits.active_children:
             return Refusal(
                 Code.OVERLOADED,
@@ -75,6 +98,9 @@ def _name(view: View, drafts: tuple[c.TaskDraft, ...]) -> tuple[list[str], list[
 
 def _make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTask, Fact]:
     launch, running = draft.launch, draft.status is TaskStatus.RUNNING
+    if launch is not None and draft.child_flow_id is not None:
+        root = flow.root_id or flow.flow_id
+        launch = msgspec.structs.replace(launch, depth=flow.depth + 1, root_id=root)
     started_at = (now if draft.started_at is None else draft.started_at) if running else None
     assert not isinstance(draft.input_json, c.Defect)
     task = StoredTask(
@@ -91,6 +117,9 @@ def _make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTa
         status=draft.status,
         max_attempts=launch.retry.max_attempts if launch and launch.retry else 1,
         timeout=draft.timeout,
+        idle_timeout=draft.idle_timeout,
+        queue_timeout=draft.queue_timeout,
+        child_flow_id=draft.child_flow_id,
         delivery_status=endings.initial_delivery(flow.notify_policy),
         notify_policy=flow.notify_policy,
         created_at=now if started_at is None else min(now, started_at),
@@ -98,10 +127,13 @@ def _make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTa
         last_event_at=_first_event(draft, started_at),
         launch=launch,
     )
+    return task, Fact(EventType.TASK_CREATED, _told(task), task.task_id)
+
+
+def _told(task: StoredTask) -> dict[str, Json]:
     told = {"status": task.status, "runtime": task.runtime, "task": task.task}
-    if task.run_id is not None:
-        told["runId"] = task.run_id
-    return task, Fact(EventType.TASK_CREATED, told, task.task_id)
+    named = {"runId": task.run_id, "childFlowId": task.child_flow_id}
+    return told | {name: value for name, value in named.items() if value is not None}
 
 
 def _first_event(draft: c.TaskDraft, started_at: int | None) -> int | None:
@@ -118,18 +150,21 @@ def _revive(view: View, task_ids: list[str]) -> tuple[list[endings.Change], list
     if view.closing or view.flow is None or lifecycle.refusal(view.flow, Operation.RUN_TASK):
         return [], []
     asked = [view.children.active.get(task_id) for task_id in dict.fromkeys(task_ids)]
-    mine = [task for task in asked if task and task.launch and task.launch.function is None]
+    mine = [task for task in asked if task and task.launch and is_bare(task.launch)]
     cut_off = [
         task
         for task in mine
         if task.status is TaskStatus.RUNNING
         and not view.has_code(task)
+        and view.started.get(task.task_id) != task.attempt
         and task.interruptions < view.limits.interruptions
     ]
     queued = [
         task.task_id
         for task in mine
-        if task.status is TaskStatus.QUEUED and task.next_attempt_at is None
+        if task.status is TaskStatus.QUEUED
+        and task.next_attempt_at is None
+        and task.review_requested_at is None
     ]
     return [endings.restart(task, view.now) for task in cut_off], queued
 
@@ -172,8 +207,17 @@ def report_end(view: View, command: c.EndReport) -> Answer:
     if isinstance(command.result, c.Defect):
         return defect_refusal(command.result)
     live = view.flow is not None and lifecycle.refusal(view.flow, Operation.RUN_TASK) is None
-    if command.attempt is not None and live and endings.may_retry(task, command.outcome):
-        change = endings.schedule_retry(task, view.now, command.outcome, command.chance)
+    if command.attempt is not None and live and _wants_review(task, command):
+        change = endings.request_review(task, view.now, command.outcome)
+    elif (
+        command.attempt is not None
+        and live
+        and command.again
+        and endings.may_retry(task, command.outcome)
+    ):
+        change = endings.schedule_retry(
+            task, view.now, command.outcome, command.chance, command.retry_after
+        )
     else:
         change = endings.end(
             task,
@@ -186,70 +230,9 @@ def report_end(view: View, command: c.EndReport) -> Answer:
     return _one(change)
 
 
-def cancel_task(view: View, command: c.CancelTask) -> Answer:
-    """Stop one child. One whose code runs is marked first, so that no failure or crash brings it back."""
-    task = view.children.active.get(command.task_id)
-    if task is None:
-        return TASK_NOT_FOUND
-    changes, stopped = stop_children(view, [task], "task cancelled")
-    if stopped and task.cancel_requested_at is None:
-        changes = [endings.request_cancel(task, view.now)]
-    return Decision(
-        tasks=tuple(task for task, _ in changes),
-        facts=tuple(fact for _, fact in changes),
-        effects=stopped,
-    )
-
-
-def release_tasks(view: View, command: c.ReleaseTasks) -> Answer:
-    """running → queued, for children stopped by shutdown; cancelled, if they had been asked to stop anyway."""
-    active = view.children.active
-    # One that was stopped and started again while closing is named twice.
-    running = [active[i] for i in dict.fromkeys(command.task_ids) if i in active]
-    released = [
-        endings.release(t, view.now)
-        if t.cancel_requested_at is None
-        else end_cancelled(t, view.now, "task cancelled")
-        for t in running
-        if t.launch is not None and t.status is TaskStatus.RUNNING
-    ]
-    return Decision(
-        tasks=tuple(task for task, _ in released),
-        facts=tuple(fact for _, fact in released),
-    )
-
-
-def tick(view: View, command: c.Tick) -> Answer:
-    """Let children whose retry is due stand in line."""
-    if view.flow is None:
-        return NOT_FOUND
-    due = [
-        task.task_id
-        for task in view.children.active.values()
-        if task.next_attempt_at is not None
-        and task.next_attempt_at <= view.now
-        and view.has_function(task)
-    ]
-    return Decision(lined_up=tuple(due))
-
-
-def stop_children(
-    view: View, tasks: list[StoredTask], why: str
-) -> tuple[list[endings.Change], tuple[StopTask, ...]]:
-    """End what has no code running here, and stop what has."""
-    stopped = [t for t in tasks if view.has_code(t)]
-    ended = [end_cancelled(t, view.now, why) for t in tasks if not view.has_code(t)]
-    return ended, tuple(StopTask(t.task_id, StopReason.CANCELLED) for t in stopped)
-
-
-def has_begun(view: View, task: StoredTask) -> bool:
-    """Whether the child's work is under way, here or elsewhere. One started in this very turn is not."""
-    return task.status is TaskStatus.RUNNING and (task.launch is None or view.has_code(task))
-
-
-def end_cancelled(task: StoredTask, now: int, why: str) -> endings.Change:
-    """active → cancelled."""
-    return endings.end(task, now, Cancelled(endings.cancelled(why)))
+def _wants_review(task: StoredTask, command: c.EndReport) -> bool:
+    failed = isinstance(command.outcome, Failed)
+    return command.review and failed and task.cancel_requested_at is None
 
 
 def _linked(view: View, task_id: str) -> StoredTask | Answer:
@@ -267,8 +250,3 @@ def _linked(view: View, task_id: str) -> StoredTask | Answer:
 def _one(change: endings.Change) -> Decision:
     task, fact = change
     return Decision(tasks=(task,), facts=(fact,), answered=(task.task_id,))
-
-
-def defect_refusal(defect: c.Defect) -> Refusal:
-    """User JSON that cannot be kept, as a refusal."""
-    return Refusal(Code(defect.code), defect.reason)

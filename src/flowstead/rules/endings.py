@@ -14,6 +14,7 @@ from flowstead.model.event import EventType
 from flowstead.model.flow import Failure, NotifyPolicy
 from flowstead.model.task import (
     DeliveryStatus,
+    Lost,
     Outcome,
     StoredTask,
     Succeeded,
@@ -53,6 +54,17 @@ def restart(task: StoredTask, now: int) -> Change:
     )
 
 
+def interrupt(task: StoredTask, now: int) -> Change:
+    """running → queued: cut off by a crash, and others have taken the room meanwhile."""
+    return change_task(
+        task,
+        now,
+        EventType.TASK_INTERRUPTED,
+        status=TaskStatus.QUEUED,
+        interruptions=task.interruptions + 1,
+    )
+
+
 def release(task: StoredTask, now: int) -> Change:
     """running → queued: stopped by shutdown, so there is no outcome and no attempt is spent."""
     return change_task(
@@ -83,6 +95,31 @@ def request_cancel(task: StoredTask, now: int) -> Change:
     return change_task(task, now, EventType.TASK_CANCEL_REQUESTED, cancel_requested_at=now)
 
 
+def request_kill(task: StoredTask, now: int) -> Change:
+    """The child would not stop by itself: what it still has running is ended by force."""
+    return change_task(task, now, EventType.TASK_KILL_REQUESTED, kill_requested_at=now)
+
+
+def request_review(task: StoredTask, now: int, outcome: Outcome) -> Change:
+    """running → queued until a person has looked at the failure, which stays in the record."""
+    return change_task(
+        task,
+        now,
+        EventType.TASK_REVIEW_REQUESTED,
+        status=TaskStatus.QUEUED,
+        failure=None if isinstance(outcome, Succeeded) else outcome.failure,
+        review_requested_at=now,
+    )
+
+
+def request_retry(task: StoredTask, now: int, input_json: Raw | UnsetType) -> Change:
+    """A person wants the next attempt now: what held the child back is over."""
+    changed: dict[str, object] = {"next_attempt_at": None, "review_requested_at": None}
+    if input_json is not UNSET:
+        changed["input_json"] = input_json
+    return change_task(task, now, EventType.TASK_RETRY_REQUESTED, **changed)
+
+
 def may_retry(task: StoredTask, outcome: Outcome) -> bool:
     """Whether a failed or timed-out attempt is followed by another one. Not once it was asked to stop."""
     if task.launch is None or task.launch.retry is None or task.cancel_requested_at is not None:
@@ -92,11 +129,16 @@ def may_retry(task: StoredTask, outcome: Outcome) -> bool:
     return task.attempt - task.interruptions < task.max_attempts
 
 
-def schedule_retry(task: StoredTask, now: int, outcome: Outcome, chance: float) -> Change:
-    """running → queued until its next attempt is due; the failure so far stays in the record."""
+def schedule_retry(
+    task: StoredTask, now: int, outcome: Outcome, chance: float, retry_after: float | None = None
+) -> Change:
+    """running → queued until its next attempt is due; the failure so far stays in the record.
+
+    Whoever asked to be left alone for `retry_after` seconds is, however short the policy's own delay.
+    """
     assert task.launch is not None and task.launch.retry is not None
     failures = task.attempt - task.interruptions
-    delay = task.launch.retry.delay_after(failures, chance)
+    delay = max(task.launch.retry.delay_after(failures, chance), retry_after or 0.0)
     return change_task(
         task,
         now,
@@ -132,9 +174,15 @@ def end(
         terminal_summary=terminal_summary,
         terminal_outcome=terminal_outcome if status is TaskStatus.SUCCEEDED else None,
         next_attempt_at=None,
+        review_requested_at=None,
         ended_at=ended_at,
         cleanup_after=ended_at + keep,
     )
+
+
+def interrupted(why: str) -> Lost:
+    """The outcome of a child that was cut off, and may or may not have done what it was there for."""
+    return Lost(Failure(kind="interrupted", code="unknown", message=f"interrupted, unknown: {why}"))
 
 
 def cancelled(message: str) -> Failure:

@@ -4,6 +4,7 @@
   elsewhere and report.
 - A flow with a cancel intent starts nothing, and becomes cancelled when its last child has ended, when a
   `cancel` finds nothing running, or when the grace of the request is over.
+- A flow with a child that a person has to look at is blocked by it.
 - Any other flow starts the children that stand in line, as far as their limits allow.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 from msgspec import UNSET
 
 from flowstead.model import command as c
-from flowstead.model.effect import StartTask, StopController, StopReason, StopTask
+from flowstead.model.effect import AbandonController, StartTask, StopController, StopReason
 from flowstead.model.event import EventType
-from flowstead.model.flow import FlowStatus, StoredFlow, has_ended
-from flowstead.model.limits import Limits
-from flowstead.model.task import Cancelled
+from flowstead.model.flow import FlowStatus, StoredFlow
+from flowstead.model.task import StoredTask, is_active
 from flowstead.rules import endings
-from flowstead.rules.view import NOTHING, Decision, View, change_flow
+from flowstead.rules.ladder import abandon_controller_at, cancel_due_at, is_late
+from flowstead.rules.stops import never_started, stop_children
+from flowstead.rules.view import NOTHING, Decision, View, change_flow, start_cancel
 
 
 def end_code(view: View, command: c.Command) -> Decision:
@@ -31,17 +33,11 @@ def end_code(view: View, command: c.Command) -> Decision:
     controller = (StopController(),) if view.driven and not by_itself else ()
     if not launched and not controller:
         return NOTHING
-    idle = [task for task in launched if not view.has_code(task)]
-    failure = endings.cancelled("the flow ended")
-    ended = [endings.end(task, view.now, Cancelled(failure)) for task in idle]
-    stopped = [task.task_id for task in launched if view.has_code(task)]
+    changes, stopped = stop_children(view, launched, "the flow ended", StopReason.FLOW_ENDED)
     return Decision(
-        tasks=tuple(task for task, _ in ended),
-        facts=tuple(fact for _, fact in ended),
-        effects=(
-            *(StopTask(task_id, StopReason.FLOW_ENDED) for task_id in stopped),
-            *controller,
-        ),
+        tasks=tuple(task for task, _ in changes),
+        facts=tuple(fact for _, fact in changes),
+        effects=(*stopped, *controller),
     )
 
 
@@ -54,8 +50,9 @@ def conclude_cancel(view: View, command: c.Command, *, child_ended: bool) -> Dec
     overdue = cancel_due_at(flow, view.limits) <= view.now
     if view.driven:
         # The controller may still end the flow honestly, but not for ever.
-        return Decision(effects=(StopController(),)) if overdue else NOTHING
-    if not (overdue or child_ended or isinstance(command, (c.Cancel, c.ControllerStopped))):
+        return _stop_controller(view, flow, overdue=overdue)
+    demanded = flow.cancel_started_at is not None or isinstance(command, c.ControllerStopped)
+    if not (overdue or child_ended or demanded):
         return NOTHING
     after, fact = change_flow(
         flow,
@@ -70,30 +67,39 @@ def conclude_cancel(view: View, command: c.Command, *, child_ended: bool) -> Dec
     return Decision(flow=after, facts=(fact,))
 
 
+def _stop_controller(view: View, flow: StoredFlow, *, overdue: bool) -> Decision:
+    """The next rung for a controller that holds up the end of its flow."""
+    if flow.cancel_started_at is None:
+        if not overdue:
+            return NOTHING
+        after, fact = start_cancel(flow, view.now)
+        return Decision(flow=after, facts=(fact,), effects=(StopController(),))
+    if abandon_controller_at(flow, view.limits) > view.now:
+        return NOTHING
+    return Decision(effects=(AbandonController(),))
+
+
 def start_children(view: View) -> Decision:
-    """Start what stands in line, as far as the limits allow. Lines are consumed: apply the decision."""
-    started: list[endings.Change] = []
-    for task in view.children.next_startable(view.limits.running_children):
-        change = endings.start(task, view.now)
+    """Start what stands in line, as far as the limits allow; what has stood there too long ends.
+
+    Lines are consumed: apply the decision.
+    """
+    changes: list[endings.Change] = []
+
+    def has_room(task: StoredTask) -> bool:
+        return is_late(task, view.now) or view.room.take(task)
+
+    for task in view.children.next_startable(view.limits.running_children, has_room):
+        if is_late(task, view.now):
+            change = endings.end(task, view.now, never_started(task))
+        else:
+            change = endings.start(task, view.now)
         view.children.put(change[0])
-        started.append(change)
-    if not started:
+        changes.append(change)
+    if not changes:
         return NOTHING
     return Decision(
-        tasks=tuple(task for task, _ in started),
-        facts=tuple(fact for _, fact in started),
-        effects=tuple(StartTask(task) for task, _ in started),
+        tasks=tuple(task for task, _ in changes),
+        facts=tuple(fact for _, fact in changes),
+        effects=tuple(StartTask(task) for task, _ in changes if is_active(task)),
     )
-
-
-def cancel_due_at(flow: StoredFlow, limits: Limits) -> int:
-    """When a requested cancel is ended by the runtime itself, epoch ms."""
-    assert flow.cancel_requested_at is not None
-    return flow.cancel_requested_at + round(limits.cancel_grace * 1000)
-
-
-def due_at(flow: StoredFlow, limits: Limits) -> int | None:
-    """The next instant at which the flow itself needs a tick, epoch ms, if any."""
-    if has_ended(flow) or flow.cancel_requested_at is None:
-        return None
-    return cancel_due_at(flow, limits)

@@ -13,9 +13,9 @@ from flowstead.model.code import Refusal
 from flowstead.model.command import Command
 from flowstead.model.effect import Effect, StartController, StartTask
 from flowstead.model.event import Event, EventType
-from flowstead.model.flow import StoredFlow, has_ended
+from flowstead.model.flow import StoredFlow, SyncMode, has_ended
 from flowstead.model.task import StoredTask, TaskStatus, is_active
-from flowstead.rules import follow
+from flowstead.rules import follow, mirror, review
 from flowstead.rules.decide import decide
 from flowstead.rules.view import Decision, View
 
@@ -34,7 +34,7 @@ class Taken(msgspec.Struct, frozen=True, gc=False):
 class Turn:
     """Fold commands; then read `tasks`, `created`, `events` and `effects()`, and the view's flow."""
 
-    __slots__ = ("_effects", "_seq", "created", "events", "tasks", "view")
+    __slots__ = ("_effects", "_seq", "created", "events", "tasks", "unregistered", "view")
 
     def __init__(self, view: View, last_seq: int) -> None:
         self.view = view
@@ -42,17 +42,21 @@ class Turn:
         self.created: set[str | None] = set()
         self.events: list[Event] = []
         self._effects: list[Effect] = []
+        self.unregistered: set[str] = set()
         self._seq = last_seq
 
     def take(self, command: Command, actor: str) -> Taken:
         """Decide one command and everything that follows from it."""
         before = self.view.flow
+        blocker = review.blocker_in_review(self.view)
         decision = decide(self.view, command)
         if isinstance(decision, Refusal):
             return Taken(before, decision)
         self._apply(decision, actor)
         # The answer shows what the command itself did; what follows is told by events.
         flow = self.view.flow
+        if blocker is not None:
+            self._apply(review.let_go_on(self.view, blocker), actor)
         self._follow(command, actor, before, decision)
         return Taken(flow, None, self._children(decision) if decision.answered else ())
 
@@ -70,7 +74,7 @@ class Turn:
             effect
             for effect in self._effects
             if not (isinstance(effect, StartTask) and not self._still_starts(effect.task))
-            and not (isinstance(effect, StartController) and flow is not None and has_ended(flow))
+            and not (isinstance(effect, StartController) and flow is not None and _is_over(flow))
         )
 
     def _still_starts(self, task: StoredTask) -> bool:
@@ -83,14 +87,34 @@ class Turn:
         flow = self.view.flow
         if flow is None:
             return
+        if flow.sync_mode is SyncMode.TASK_MIRRORED:
+            self._apply(mirror.follow(flow, decision, self.view.now), actor)
+            flow = self.view.flow
+            assert flow is not None
         if not has_ended(flow) and flow.cancel_requested_at is not None:
             child_ended = any(not is_active(task) for task in decision.tasks)
             self._apply(follow.conclude_cancel(self.view, command, child_ended=child_ended), actor)
             flow = self.view.flow
-        elif self.view.children.has_line and not has_ended(flow) and not self.view.closing:
-            self._apply(follow.start_children(self.view), actor)
+        elif not has_ended(flow):
+            if self.view.children.has_line and not self.view.closing:
+                self._start_children(actor)
+            if self.view.children.in_review:
+                self._apply(review.block_on_review(self.view), actor)
+            flow = self.view.flow
         if flow is not None and has_ended(flow) and not (before is not None and has_ended(before)):
             self._apply(follow.end_code(self.view, command), actor)
+
+    def _note_start(self, task: StoredTask) -> None:
+        self.view.started[task.task_id] = task.attempt
+        if task.launch is not None and task.launch.external:
+            self.view.starting[task.task_id] = task.attempt
+
+    def _start_children(self, actor: str) -> None:
+        started = follow.start_children(self.view)
+        self._apply(started, actor)
+        flow = self.view.flow
+        if flow is not None and flow.sync_mode is SyncMode.TASK_MIRRORED:
+            self._apply(mirror.follow(flow, started, self.view.now), actor)
 
     def _apply(self, decision: Decision, actor: str) -> None:
         view = self.view
@@ -101,7 +125,11 @@ class Turn:
             self.tasks[task.task_id] = task
         for task_id in decision.lined_up:
             view.children.line_up(task_id)
+        for effect in decision.effects:
+            if isinstance(effect, StartTask):
+                self._note_start(effect.task)
         self._effects.extend(decision.effects)
+        self.unregistered.update(decision.unregistered)
         if not decision.facts:
             return
         flow = view.flow
@@ -122,3 +150,8 @@ class Turn:
                     changed=fact.changed,
                 )
             )
+
+
+def _is_over(flow: StoredFlow) -> bool:
+    """Whether no controller is to be entered any more."""
+    return has_ended(flow) or flow.cancel_started_at is not None

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Final
+from typing import Final, Protocol, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw
 
-from flowstead.model.effect import Effect
+from flowstead.model.code import Code, Refusal
+from flowstead.model.command import Defect
+from flowstead.model.effect import Effect, StartController
 from flowstead.model.event import EventType
 from flowstead.model.flow import Json, StoredFlow
 from flowstead.model.limits import Limits
-from flowstead.model.task import StoredTask, TaskStatus
+from flowstead.model.task import CODE, StoredTask, Task, TaskStatus
 from flowstead.rules.children import Children
+
+
+class Room(Protocol):
+    """The slots for running children that all flows of a runtime share."""
+
+    def take(self, task: StoredTask) -> bool:
+        """Keep a slot for the child, or answer that there is none and have its flow told when there is."""
+        ...
+
+
+class Boundless:
+    """Room for everybody."""
+
+    def take(self, task: StoredTask) -> bool:
+        """There is always room."""
+        return True
 
 
 class View(msgspec.Struct, gc=False):
@@ -22,8 +40,10 @@ class View(msgspec.Struct, gc=False):
     `running` holds the attempt of each child whose code runs in this process, `driven` says whether the flow's
     controller does, and `controllers` which controllers could. `functions` are the registered ones, `bound`
     names the flow's children (by run id, or task id without one) whose unregistered function is in this
-    process. `closing` says that nothing may be started any more. A child that is `running` by its record, but
-    whose attempt is not in `running`, was cut off by a crash.
+    process, `executors` what runs children that need no function. `closing` says that nothing may be started
+    any more. A child that is `running` by its record, but whose attempt is not in `running`, was cut off by a
+    crash. `started` names those that this very turn starts, `starting` the external ones among them: nobody can
+    know what of those is left outside, so they end by their code, never by their record alone.
     """
 
     flow: StoredFlow | None
@@ -35,18 +55,27 @@ class View(msgspec.Struct, gc=False):
     controllers: Container[str] = ()
     functions: Container[str] = ()
     bound: Container[str] = ()
+    executors: Container[str] = ()
+    room: Room = Boundless()
+    starting: dict[str, int] = {}
+    started: dict[str, int] = {}
     closing: bool = False
 
     def has_function(self, task: StoredTask) -> bool:
         """Whether the launched child's function can be found in this process."""
-        assert task.launch is not None
-        if task.launch.function is None:
-            return (task.run_id or task.task_id) in self.bound
-        return task.launch.function in self.functions
+        launch = task.launch
+        assert launch is not None
+        if launch.executor not in self.executors and launch.executor != CODE:
+            return False
+        if launch.function is not None:
+            return launch.function in self.functions
+        return launch.spec is not UNSET or (task.run_id or task.task_id) in self.bound
 
     def has_code(self, task: StoredTask) -> bool:
         """Whether code of the child's present attempt runs here. One that waits for a retry has none."""
-        return task.status is TaskStatus.RUNNING and self.running.get(task.task_id) == task.attempt
+        if task.status is not TaskStatus.RUNNING:
+            return False
+        return task.attempt in (self.running.get(task.task_id), self.starting.get(task.task_id))
 
 
 class Fact(msgspec.Struct, frozen=True, gc=False):
@@ -61,7 +90,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a command does: the new records, the facts to tell, the effects to carry out once durable.
 
     `flow` is None where the flow itself stays as it is. `lined_up` names queued children that may start as
-    soon as there is room, `answered` the children the answer is about.
+    soon as there is room, `answered` the children the answer is about, and `unregistered` functions and executors
+    that nobody here has.
     """
 
     flow: StoredFlow | None = None
@@ -70,9 +100,12 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     effects: tuple[Effect, ...] = ()
     lined_up: tuple[str, ...] = ()
     answered: tuple[str, ...] = ()
+    unregistered: tuple[str, ...] = ()
 
 
 NOTHING: Final = Decision()
+
+Answer: TypeAlias = Decision | Refusal
 
 _FLOW_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredFlow)}
 _TASK_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredTask)}
@@ -90,6 +123,19 @@ def change_flow(
         flow, revision=flow.revision + 1, updated_at=max(now, flow.updated_at), **fields
     )
     return after, Fact(event, changed)
+
+
+def start_cancel(flow: StoredFlow, now: int) -> tuple[StoredFlow, Fact]:
+    """The flow from whose children and controller an end is demanded, and the fact that tells of it."""
+    if flow.cancel_requested_at is not None:
+        return change_flow(flow, now, EventType.FLOW_CANCEL_STARTED, cancel_started_at=now)
+    return change_flow(
+        flow,
+        now,
+        EventType.FLOW_CANCEL_REQUESTED,
+        cancel_requested_at=now,
+        cancel_started_at=now,
+    )
 
 
 def change_task(
@@ -115,6 +161,17 @@ def all_fields(flow: StoredFlow) -> dict[str, Json]:
     }
 
 
+def told_of(task: StoredTask) -> dict[str, Json]:
+    """What there is to tell of an ended child, by wire name; its result lives in its row once."""
+    fields = {name: getattr(task, name) for name in Task.__struct_fields__}
+    silent = {"task_id", "flow_id", "input_json", "result_json"}
+    return {
+        _TASK_WIRE[name]: value
+        for name, value in fields.items()
+        if name not in silent and value is not None and value is not UNSET
+    }
+
+
 def _changed(
     before: StoredFlow | StoredTask, fields: Mapping[str, object], wire: Mapping[str, str]
 ) -> dict[str, Json]:
@@ -128,3 +185,16 @@ def _changed(
 def _differs(old: object, new: object) -> bool:
     """Whether a field was changed. User JSON that is set again counts as changed: it is not looked into."""
     return new is not old and (isinstance(new, Raw) or new != old)
+
+
+def enter_controller(view: View, flow: StoredFlow) -> tuple[StartController, ...]:
+    """The effect that starts the flow's controller, where one is registered and none runs."""
+    controller = flow.controller_id
+    if controller is None or controller not in view.controllers or view.driven:
+        return ()
+    return (StartController(controller),)
+
+
+def defect_refusal(defect: Defect) -> Refusal:
+    """User JSON that cannot be kept, as a refusal."""
+    return Refusal(Code(defect.code), defect.reason)

@@ -103,7 +103,7 @@ def flow_row(
     )
 
 
-def task_row(task: StoredTask, *, fresh: bool) -> TaskRow:
+def task_row(task: StoredTask, *, due_at: int | None, fresh: bool) -> TaskRow:
     """The row of a child."""
     return TaskRow(
         task.key,
@@ -113,7 +113,7 @@ def task_row(task: StoredTask, *, fresh: bool) -> TaskRow:
         task.status,
         task.runtime,
         task.launch is not None,
-        task.next_attempt_at,
+        due_at,
         encode(task).decode(),
         fresh,
     )

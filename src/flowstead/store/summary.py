@@ -22,6 +22,19 @@ def count_tasks(counted: Iterable[tuple[str, str, int]]) -> TaskSummary:
     for status, runtime, count in counted:
         by_status[status] += count
         by_runtime[runtime] += count
+    return _summary(by_status, by_runtime)
+
+
+def add_up(summaries: Iterable[TaskSummary]) -> TaskSummary:
+    """The counts of several flows as one."""
+    by_status, by_runtime = Counter[str](), Counter[str]()
+    for summary in summaries:
+        by_status.update(summary.by_status)
+        by_runtime.update(summary.by_runtime)
+    return _summary(by_status, by_runtime)
+
+
+def _summary(by_status: Counter[str], by_runtime: Counter[str]) -> TaskSummary:
     total = by_status.total()
     active = sum(by_status[status] for status in ACTIVE_TASK_STATUSES)
     return TaskSummary(

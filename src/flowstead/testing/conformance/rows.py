@@ -142,7 +142,7 @@ def creates(
     """A write of a new flow with its new children and its first events."""
     return FlowWrite(
         flow=new(flow, due_at=due_at),
-        tasks=[codec.task_row(task, fresh=True) for task in tasks],
+        tasks=[codec.task_row(task, due_at=task.next_attempt_at, fresh=True) for task in tasks],
         events=[event_of(flow, seq) for seq in seqs],
     )
 
@@ -166,7 +166,9 @@ def changes(
 def children(*tasks: StoredTask, fresh: bool = True) -> FlowWrite:
     """A write of children alone."""
     return FlowWrite(
-        flow=None, tasks=[codec.task_row(task, fresh=fresh) for task in tasks], events=[]
+        flow=None,
+        tasks=[codec.task_row(task, due_at=task.next_attempt_at, fresh=fresh) for task in tasks],
+        events=[],
     )
 
 

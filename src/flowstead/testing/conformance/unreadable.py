@@ -82,7 +82,7 @@ class UnreadableRows(StoreFixtures):
         fine = await put(store, "fine")
         await put_task(store, fine, "fine-task")
         task = task_of(store.next_key(), hurt, "bad-task")
-        row = codec.task_row(task, fresh=True)._replace(doc="{}")
+        row = codec.task_row(task, due_at=task.next_attempt_at, fresh=True)._replace(doc="{}")
         await self.commit_damaged(store, FlowWrite(flow=None, tasks=[row], events=[]))
 
         broken, whole = await store.load([FlowKey("alice", "hurt"), FlowKey("alice", "fine")])
@@ -99,7 +99,7 @@ class UnreadableRows(StoreFixtures):
         """Of an ended child a snapshot needs the run id only, and that is there."""
         flow = await put(store)
         task = task_of(store.next_key(), flow, "bad-task", status=TaskStatus.FAILED, run_id="run")
-        row = codec.task_row(task, fresh=True)._replace(doc="{}")
+        row = codec.task_row(task, due_at=task.next_attempt_at, fresh=True)._replace(doc="{}")
         await self.commit_damaged(store, FlowWrite(flow=None, tasks=[row], events=[]))
 
         [snapshot] = await store.load([FlowKey("alice", "flow")])
@@ -114,7 +114,7 @@ class UnreadableRows(StoreFixtures):
         flow = await put(store)
         task = task_of(store.next_key(), flow, "bad-task")
         await store.commit([children(task_of(store.next_key(), flow, "good-task"))])
-        row = codec.task_row(task, fresh=True)._replace(doc="{}")
+        row = codec.task_row(task, due_at=task.next_attempt_at, fresh=True)._replace(doc="{}")
         await self.commit_damaged(store, FlowWrite(flow=None, tasks=[row], events=[]))
 
         with pytest.raises(SnapshotUnreadable):

@@ -1,0 +1,288 @@
+"""Short plays that chance alone would stage too seldom: reviews, flows below flows, stops that nobody obeys.
+
+Each leaves it to the seed when the process dies in it, and which of several ways it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from flowstead.testing import CALM
+from tests.simulation.model import ABANDON_AFTER, KILL_AFTER
+from tests.simulation.operations import ADMIN, Spec, draw
+
+if TYPE_CHECKING:
+    from tests.simulation.machine import World
+
+_OWN = {"whose": "own", "input": "good", "run_id": None, "once": False, "queue_timeout": None}
+
+
+def asked(random: Random, op: str, **given: Any) -> Spec:
+    """An operation with these arguments, and others by chance."""
+    spec = draw(random, op)
+    spec[1].update({name: value for name, value in (_OWN | given).items() if name in spec[1]})
+    return spec
+
+
+def call(world: World, random: Random, op: str, **given: Any) -> None:
+    """Make such a call, if anybody lives to answer it."""
+    if world.is_up:
+        world.call(asked(random, op, **given))
+
+
+def new_flow(world: World, random: Random, controller: str = "shop/triage") -> str | None:
+    """A flow of its own; its id, if it was made."""
+    known = {log.now.flow_id for log in world.flows_of(ADMIN)}
+    call(
+        world,
+        random,
+        "create_managed",
+        given=None,
+        key=None,
+        controller=controller,
+        status="queued",
+    )
+    made = [log.now for log in world.flows_of(ADMIN) if log.now.flow_id not in known]
+    found = [state.flow_id for state in made if state.parent_task is None]
+    return found[-1] if found else None
+
+
+def newest_task(world: World) -> str | None:
+    """The child made last."""
+    return next(reversed(world.model.home), None)
+
+
+def something_happens(world: World, random: Random) -> None:
+    """Time passes, or the process dies in one way or another, and lives again."""
+    way = random.choice(("time", "time", "kill", "crash", "close", "power", "later", "night"))
+    if not world.is_up:
+        world.boot()
+    power = world.files is None and way == "power"
+    match way:
+        case "time":
+            world.advance(random.choice((0.05, 0.4, 1.1, 2.5)))
+        case "close":
+            world.close()
+        case "night":
+            # Whatever comes due meanwhile finds nobody alive.
+            world.kill()
+            world.jump_clock(random.choice((30, 3600)))
+        case "crash":
+            world.crash_after(random.randrange(1, 60))
+            world.advance(2.0)
+        case "later":
+            world.crash_after(random.randrange(1, 400))
+            world.advance(6.0)
+        case _:
+            world.kill(power=power)
+    if not world.is_up:
+        world.boot()
+
+
+def play(world: World, random: Random) -> int:
+    """One of the plays; answers how many operations it took."""
+    scene = random.choice(SCENES)
+    world.seen[f"scene {scene.__name__}"] += 1
+    if random.random() < 0.5:
+        world.set_faults(CALM)
+    return scene(world, random)
+
+
+def review(world: World, random: Random) -> int:
+    """A child that a person has to look at, and answers: right, wrong, too late, somebody else's."""
+    controller = random.choice(("shop/triage", "shop/triage", "asks"))
+    flow = new_flow(world, random, controller)
+    if flow is None:
+        return 1
+    for doing in random.sample(("review", "review once", "invalid"), 2):
+        kind = random.choice(("work", "work", "flaky", "fragile"))
+        if controller != "asks":
+            call(world, random, "run_task", flow=flow, kind=kind, doing=doing)
+    if controller == "asks" and random.random() < 0.5:
+        for _ in range(2):
+            call(world, random, "retry_task", task=asked_for(world, flow), input="same")
+    something_happens(world, random)
+    for _ in range(random.randint(2, 4)):
+        way = random.choice(
+            ("resume", "resume", "retry_task", "retry_task", "cancel_task", "set_waiting")
+        )
+        whose = random.choice(("own", "own", "own", "own", "foreign"))
+        call(world, random, way, flow=flow, task=asked_for(world, flow), whose=whose, revision="right",
+             input=random.choice(("same", "new")), grace=1.0, state="unset")  # fmt: skip
+        if random.random() < 0.4:
+            something_happens(world, random)
+    return 5
+
+
+def asked_for(world: World, flow: str) -> str | int:
+    """The child that a person has to look at, or any if there is none."""
+    found = [
+        task.task_id
+        for log in world.flows_of(ADMIN)
+        for task in log.now.active
+        if log.now.flow_id == flow and task.review is not None
+    ]
+    return found[0] if found else newest_task(world) or 0
+
+
+def tree(world: World, random: Random) -> int:
+    """Flows below flows, stopped from above or from below, or asked to."""
+    flow = new_flow(world, random, random.choice(("root", "root", "branch")))
+    if random.random() < 0.3:
+        _wait_for_a_failure(world)
+    for _ in range(random.randint(0, 2)):
+        something_happens(world, random)
+    if flow is None or not world.is_up:
+        return 2
+    below = [log.now.flow_id for log in world.flows_of(ADMIN) if log.now.parent_task is not None]
+    if random.random() < 0.5:
+        # One flow more, and perhaps one too many: too deep, or too many under one.
+        for inside in (flow, *below[:2]):
+            call(world, random, "run_task", flow=inside, kind="nested", nested="leaf")
+    target = flow if not below or random.random() < 0.6 else random.choice(below[:3])
+    ops = random.choice((("cancel",), ("request_cancel",), ("request_cancel", "cancel"), ("fail",)))
+    for op in ops:
+        call(world, random, op, flow=target, revision="none" if op == "cancel" else "right",
+             grace=random.choice((0.01, 8.0)), step="unset", state="unset")  # fmt: skip
+        if random.random() < 0.4:
+            something_happens(world, random)
+    call(world, random, "get_task_summary", flow=flow, nested=True)
+    return 4
+
+
+def _wait_for_a_failure(world: World) -> None:
+    """Until a flow below has failed, and its children are still being stopped."""
+    for _ in range(16):
+        if not world.is_up or not world.advance(0.3):
+            return
+        logs = [log.now for log in world.flows_of(ADMIN) if log.now.parent_task is not None]
+        if any(state.status == "failed" and state.active for state in logs):
+            return
+
+
+def ladder(world: World, random: Random) -> int:
+    """A stop that is not obeyed, rung by rung, with a crash on any of them."""
+    controller = random.choice(("shop/triage", "shop/triage", "deaf"))
+    flow = new_flow(world, random, controller)
+    if flow is None:
+        return 1
+    if controller == "deaf" and world.is_up:
+        world.advance(2.0)
+    else:
+        for _ in range(2):
+            kind, doing = (
+                random.choice(("work", "tool", "narrow")),
+                random.choice(("deaf", "deaf", "hang")),
+            )
+            call(world, random, "run_task", flow=flow, kind=kind, doing=doing)
+    op = random.choice(("cancel", "cancel", "cancel_task", "fail"))
+    call(world, random, op, flow=flow, task=newest_task(world) or 0, revision="right", grace=0.01,
+         state="unset", step="unset")  # fmt: skip
+    for rung in (0.3, KILL_AFTER, ABANDON_AFTER):
+        if not world.is_up:
+            world.boot()
+        world.advance(rung)
+        if random.random() < 0.3:
+            something_happens(world, random)
+    call(world, random, "cancel", flow=flow, revision="none", grace=8.0)
+    return 5
+
+
+def rush_for_slots(world: World, random: Random) -> int:
+    """More children in several flows than may run at once."""
+    for _ in range(3):
+        flow = new_flow(world, random)
+        if flow is None or not world.is_up:
+            return 2
+        kind = random.choice(("narrow", "narrow", "work", "fragile"))
+        world.call(
+            *(
+                asked(random, "run_task", flow=flow, kind=kind,
+                      doing=random.choice(("nap", "hang", "fail late")),
+                      queue_timeout=random.choice((None, 1.0, 4.0)))
+                for _ in range(3)
+            )
+        )  # fmt: skip
+    something_happens(world, random)
+    for number in range(4):
+        world.release(number)
+    something_happens(world, random)
+    return 8
+
+
+def fail(world: World, random: Random) -> int:
+    """Children that fail in many ways, take long, or are not wanted for long; under policies that differ."""
+    flow = new_flow(world, random)
+    if flow is None:
+        return 1
+    for _ in range(3):
+        kind = random.choice(("flaky", "picky", "work", "quiet", "timed", "fragile"))
+        doing = random.choice(_FAILING) if kind != "quiet" else random.choice(("murmur", "hang"))
+        call(world, random, "run_task", flow=flow, kind=kind, doing=doing,
+             retry=True, queue_timeout=random.choice((None, None, 4.0)))  # fmt: skip
+    something_happens(world, random)
+    if world.is_up:
+        world.advance(random.choice((1.0, 4.0, 7.0)))
+    return 4
+
+
+_FAILING = (
+    "transient later", "transient later", "transient once", "transient", "fatal", "denied", "invalid", "exit",
+    "odd", "fail late once", "hang",
+)  # fmt: skip
+
+
+def again(world: World, random: Random) -> int:
+    """A flow that has ended badly is gone on with, by several at once."""
+    controller = random.choice(("shop/triage", "raise", "collect", "root", "patient"))
+    flow = new_flow(world, random, controller)
+    if flow is None:
+        return 1
+    for doing in ("succeed", "fail"):
+        call(world, random, "run_task", flow=flow, kind="work", doing=doing)
+    something_happens(world, random)
+    call(world, random, random.choice(("fail", "cancel")), flow=flow, revision="right", grace=8.0,
+         state="small")  # fmt: skip
+    if world.is_up:
+        again = [
+            asked(random, "retry_flow", flow=flow, whose=random.choice(("own", "own", "admin")))
+            for _ in range(2)
+        ]
+        world.call(*again)
+    something_happens(world, random)
+    call(world, random, "retry_flow", flow=flow)
+    return 7
+
+
+def programs(world: World, random: Random) -> int:
+    """Children that run outside, and a process that dies on them."""
+    flow = new_flow(world, random)
+    if flow is None:
+        return 1
+    for _ in range(2):
+        call(world, random, "run_task", flow=flow, kind="tool", once=random.random() < 0.4,
+             doing=random.choice(("hang", "nap", "stubborn", "fail late")))  # fmt: skip
+    task = newest_task(world) or 0
+    for op in ("", random.choice(("cancel_task", "cancel", "request_cancel", ""))):
+        if op:
+            call(world, random, op, flow=flow, task=task, revision="right", grace=0.01)
+        something_happens(world, random)
+    return 4
+
+
+def detached(world: World, random: Random) -> int:
+    """A run of its own, which the process may not survive, and which somebody may want to stop."""
+    call(world, random, "spawn_detached")
+    something_happens(world, random)
+    op = random.choice(("cancel", "cancel_task", "retry_task", "complete_task", "finish"))
+    call(world, random, op, flow=0, task=newest_task(world) or 0, revision="right", grace=1.0,
+         result="good")  # fmt: skip
+    something_happens(world, random)
+    return 2
+
+
+SCENES: tuple[Callable[[World, Random], int], ...] = (
+    review, tree, tree, ladder, ladder, rush_for_slots, again, programs, detached, fail,
+)  # fmt: skip
