@@ -36,7 +36,7 @@ from flowstead.errors import (
     Transient,
     Unavailable,
 )
-from flowstead.executors import Call, Command, Executor, Process, SyncContext, TaskInfo
+from flowstead.executors import Command, Process, SyncContext, TaskInfo
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow
 from flowstead.model.limits import Limits
@@ -70,7 +70,6 @@ from flowstead.task_context import TaskContext
 __all__ = [
     "UNSET",
     "Applied",
-    "Call",
     "CancelPending",
     "CancelReport",
     "Cancelled",
@@ -84,7 +83,6 @@ __all__ = [
     "CommitFailed",
     "Created",
     "Event",
-    "Executor",
     "Failed",
     "Fatal",
     "Flow",

@@ -189,6 +189,29 @@ def test_a_child_that_could_not_be_added_can_be_added_again() -> None:
         assert world.disk.fired["fail_before"] == 1
 
 
+def test_a_child_that_could_not_be_added_keeps_no_slot_from_others() -> None:
+    registry, ran = Registry(), list[str]()
+
+    @registry.task(name="work")
+    async def work(context: TaskContext, given: Json) -> None:
+        ran.append(context.task_id)
+
+    async def host(runtime: Runtime) -> None:
+        flows = flows_of(runtime)
+        flow = await flows.create_managed(controller_id="shop/triage", goal="add")
+        world.disk.faults = Faults(fail_before=1.0)
+        refused = await flows.run_task(flow_id=flow.flow_id, task="never", run="work")
+        assert refused.code == "persist_failed"
+        world.disk.faults = CALM
+        await flows.run_task(flow_id=flow.flow_id, task="do it", run="work")
+        await anyio.sleep(LONG)
+
+    with Simulation(1) as world:
+        world.run(host, registry=registry, limits=Limits(running_in_all=1))
+        assert world.disk.fired["fail_before"] == 1
+        assert len(ran) == 1
+
+
 def test_a_late_child_whose_end_cannot_be_recorded_at_once_is_not_started_beside_itself() -> None:
     registry, begun = Registry(), list[int]()
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from flowstead.testing import CALM
-from tests.simulation.model import ABANDON_AFTER, KILL_AFTER
+from tests.simulation.model import ABANDON_AFTER, KILL_AFTER, RUNNING_CHILDREN
 from tests.simulation.operations import ADMIN, Spec, draw
 
 if TYPE_CHECKING:
@@ -212,6 +212,23 @@ def rush_for_slots(world: World, random: Random) -> int:
     return 8
 
 
+def oversleep(world: World, random: Random) -> int:
+    """A child waits for its start, but not for ever; nobody lives at the instant at which it has waited too long."""
+    flow = new_flow(world, random)
+    if flow is None:
+        return 1
+    for _ in range(RUNNING_CHILDREN):
+        # What must not be done twice is lost, so that its place is free in the next process.
+        call(world, random, "run_task", flow=flow, kind="fragile", doing="hang")
+    call(world, random, "run_task", flow=flow, kind="work", queue_timeout=random.choice((1.0, 4.0)))
+    if world.is_up:
+        world.kill()
+        world.jump_clock(random.choice((30, 3600)))
+    world.boot()
+    world.advance(1.0)
+    return 4
+
+
 def fail(world: World, random: Random) -> int:
     """Children that fail in many ways, take long, or are not wanted for long; under policies that differ."""
     flow = new_flow(world, random)
@@ -284,5 +301,5 @@ def detached(world: World, random: Random) -> int:
 
 
 SCENES: tuple[Callable[[World, Random], int], ...] = (
-    review, tree, tree, ladder, ladder, rush_for_slots, again, programs, detached, fail,
+    review, tree, tree, ladder, ladder, rush_for_slots, again, programs, detached, fail, oversleep,
 )  # fmt: skip

@@ -232,6 +232,7 @@ class World:
         self.drained: set[str] = set()
         self.given_up: dict[str, int] = {}  # task id to the attempt whose code nobody waits for
         self.begun: Counter[str] = Counter()  # how often code of a child has begun
+        self.last: dict[str, int] = {}  # task id to the attempt that began last
         self.room = Gate()
         self.bound: set[str] = set()
         self.driven = False
@@ -460,7 +461,10 @@ class World:
                 case StartTask(task, adopted):
                     assert not self.closing
                     if self.code.get(task.task_id) != task.attempt:
-                        self.begun[task.task_id] += not adopted
+                        # What is adopted under its old attempt is only seen to, not done again.
+                        seen_to = adopted and self.last.get(task.task_id) == task.attempt
+                        self.begun[task.task_id] += not seen_to
+                        self.last[task.task_id] = task.attempt
                         self.code[task.task_id] = task.attempt
                         self.asked_to_stop.pop(task.task_id, None)
                         self.drained.discard(task.task_id)

@@ -653,6 +653,35 @@ def test_a_place_that_comes_free_in_time_saves_the_child_and_one_that_comes_late
     assert started == (["t"] if in_time else ["next"])
 
 
+class Ledger:
+    """Room for everybody, and a note of who took some."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def take(self, task: StoredTask) -> bool:
+        self.taken.append(task.task_id)
+        return True
+
+
+def test_a_child_that_is_too_late_takes_no_slot_of_the_runtime() -> None:
+    room = Ledger()
+    view = a_view(
+        a_flow(),
+        waiting(),
+        a_launched("next", QUEUED),
+        lined_up=["t", "next"],
+        now=DEADLINE,
+        limits=LIMITS,
+        room=room,
+    )
+
+    a_turn(view).take(c.Wake(), "runtime")
+
+    assert room.taken == ["next"]
+    assert list(view.children.active) == ["next"]
+
+
 @pytest.mark.parametrize(
     "fields",
     [

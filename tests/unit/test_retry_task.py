@@ -116,6 +116,26 @@ def test_it_is_granted_to_what_waits_here_in_a_flow_that_goes_on_and_to_nothing_
     assert [effect.task for effect in turn.effects() if isinstance(effect, StartTask)] == [after]
 
 
+@pytest.mark.parametrize(
+    ("child", "reason"),
+    [
+        ("linked, queued", "Task is run by somebody else."),
+        ("linked, running", "Task is run by somebody else."),
+        ("runs", "Task is running."),
+        ("stands for a flow", "Task is running."),
+        ("in line", "Task stands in line already."),
+    ],
+)
+def test_a_refusal_says_what_the_child_does_instead(child: str, reason: str) -> None:
+    task = CHILDREN[child]
+    assert task is not None
+
+    taken = a_turn(a_view(a_flow(), task)).take(c.RetryTask(task_id="t"), "owner")
+
+    assert taken.refusal is not None
+    assert taken.refusal.reason == reason
+
+
 def test_the_table_grants_and_refuses_something_of_every_sort() -> None:
     answers = {answer_by_the_table(*facts) for facts in product(FLOWS, CHILDREN)}
 

@@ -286,6 +286,18 @@ def test_between_lines_with_different_needs_the_one_that_has_waited_longest_come
     assert order == ["a", "b", "c", "d"]
 
 
+def test_asking_again_costs_nobody_his_place_in_line() -> None:
+    desk = Desk(1)
+    desk.take("x", "x", "one")
+    for flow, function in (("a", "one"), ("b", "any"), ("a", "one")):
+        assert not desk.take(flow, flow, function)
+        desk.over(flow)
+
+    desk.slots.give_back("x")
+
+    assert desk.heard() == ["a"]
+
+
 def test_what_was_kept_may_be_used_for_another_child_and_the_rest_is_passed_on() -> None:
     desk = Desk(1)
     desk.take("x", "x", "one")

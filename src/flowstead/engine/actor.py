@@ -29,7 +29,7 @@ from flowstead.engine.waiters import Waiters
 from flowstead.errors import OutcomeUnknown, SnapshotUnreadable, StoreError
 from flowstead.log import get_logger
 from flowstead.model.code import Code, Refusal
-from flowstead.model.command import Recover
+from flowstead.model.command import Recover, Tick
 from flowstead.model.effect import AbandonTask, Effect
 from flowstead.model.flow import FlowKey, StoredFlow, has_ended
 from flowstead.model.limits import Limits
@@ -217,7 +217,8 @@ class Actor:
             self._flow, self._doc, self._seq = snapshot.flow, snapshot.doc, snapshot.last_seq
             self._children = Children.of(snapshot.active, snapshot.run_ids)
             self._to_recover = True
-            self._note_dues(snapshot.flow, snapshot.active)
+            # What is overdue is seen to in the first turn; a timer for it would fire at once, again and again.
+            self._note_dues(snapshot.flow, snapshot.active, after=self.asked_at)
         self._clear_doubt(snapshot)
         self._wake()
 
@@ -290,6 +291,7 @@ class Actor:
         if self._to_recover:
             # Last, so that what was cut off is not started first and stopped by one of these.
             turn.take(Recover(), _RUNTIME)
+            turn.take(Tick(), _RUNTIME)
             # As long as the flow is held nothing was set in motion: that is still to come.
             self._to_recover = is_held
         around.unregistered(self.key, turn.unregistered)
@@ -431,12 +433,12 @@ class Actor:
             if task is None or task.status is not TaskStatus.RUNNING:
                 self._around.slots.give_back(task_id)
 
-    def _note_dues(self, flow: StoredFlow, tasks: Iterable[StoredTask]) -> None:
+    def _note_dues(self, flow: StoredFlow, tasks: Iterable[StoredTask], *, after: int = 0) -> None:
+        """Have the timers know what becomes due, as far as it lies after an instant."""
         timers, limits = self._around.timers, self._around.limits
-        if (at := flow_due_at(flow, limits)) is not None:
-            timers.note(at, self.key)
-        for task in tasks:
-            if (at := task_due_at(task, limits)) is not None:
+        dues = [flow_due_at(flow, limits), *(task_due_at(task, limits) for task in tasks)]
+        for at in dues:
+            if at is not None and at > after:
                 timers.note(at, self.key)
 
     def _go_on(self) -> None:
