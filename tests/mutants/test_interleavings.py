@@ -212,6 +212,33 @@ def test_a_child_that_could_not_be_added_keeps_no_slot_from_others() -> None:
         assert len(ran) == 1
 
 
+def test_a_flow_in_doubt_stays_in_memory_until_its_slots_are_settled() -> None:
+    registry, ran = Registry(), list[Json]()
+
+    @registry.task(name="work")
+    async def work(context: TaskContext, given: Json) -> None:
+        ran.append(given)
+
+    async def host(runtime: Runtime) -> None:
+        flows = flows_of(runtime)
+        flow = await flows.create_managed(controller_id="shop/triage", goal="add")
+        world.disk.faults = Faults(fail_unknown=1.0)
+        made = await flows.run_task(flow_id=flow.flow_id, task="perhaps", run="work")
+        assert made.code == "outcome_unknown"
+        world.disk.faults = CALM
+        await anyio.sleep(LONG)
+        await flows.run_task(flow_id=flow.flow_id, task="do it", run="work", input_json="this")
+        await anyio.sleep(LONG)
+
+    for seed in range(SEEDS):
+        with Simulation(seed) as world:
+            limits = Limits(running_in_all=1, idle_seconds=0.2)
+            world.run(host, registry=registry, limits=limits)
+            assert world.disk.fired["fail_unknown"] == 1
+            assert ran[-1:] == ["this"], f"seed {seed}"
+            ran.clear()
+
+
 def test_a_late_child_whose_end_cannot_be_recorded_at_once_is_not_started_beside_itself() -> None:
     registry, begun = Registry(), list[int]()
 

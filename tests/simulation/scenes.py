@@ -213,7 +213,7 @@ def rush_for_slots(world: World, random: Random) -> int:
 
 
 def oversleep(world: World, random: Random) -> int:
-    """A child waits for its start, but not for ever; nobody lives at the instant at which it has waited too long."""
+    """A child waits for its start, but not for ever; nobody lives when it has waited too long."""
     flow = new_flow(world, random)
     if flow is None:
         return 1

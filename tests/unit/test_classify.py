@@ -494,14 +494,12 @@ def test_how_long_whoever_refused_wants_to_be_left_alone_is_bounded_or_not_heard
     assert judge(Transient(retry_after=given_as), None).retry_after == seconds
 
 
-@pytest.mark.xfail(strict=True, reason="a delay asked for inside a group is not heard")
 def test_the_longest_delay_asked_for_in_a_group_is_heard() -> None:
     error = several(Transient(retry_after=3), several(Limited(40)), Transient())
 
     assert judge(error, None).retry_after == 40.0
 
 
-@pytest.mark.xfail(strict=True, reason="one Transient in a group overrules the policy for the rest")
 def test_one_branch_that_may_work_next_time_does_not_speak_for_one_that_the_policy_leaves_alone() -> (
     None
 ):

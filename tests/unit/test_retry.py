@@ -318,3 +318,58 @@ def test_a_child_asked_to_stop_and_then_stopped_by_a_closing_is_cancelled_not_re
     turn.take(c.ReleaseTasks(task_ids=("a",)), "runtime")
 
     assert turn.tasks["a"].status is TaskStatus.CANCELLED
+
+
+# ---- what the verdict on a failure says -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", [Failed(WHY), TimedOut(WHY)], ids=["failed", "timed out"])
+def test_what_is_not_worth_another_attempt_ends_however_many_the_policy_leaves(
+    outcome: Outcome,
+) -> None:
+    view = a_view(a_flow(), a_launched("a", launch=retrying(9)), running={"a"})
+    turn = a_turn(view)
+
+    turn.take(c.EndReport(task_id="a", attempt=1, outcome=outcome, again=False), "runtime")
+
+    assert turn.tasks["a"].ended_at == NOW
+    assert [event.type for event in turn.events] == [EventType.TASK_ENDED]
+
+
+def test_what_is_worth_another_attempt_has_none_without_a_policy() -> None:
+    view = a_view(a_flow(), a_launched("a"), running={"a"})
+    turn = a_turn(view)
+
+    turn.take(
+        c.EndReport(task_id="a", attempt=1, outcome=Failed(WHY), again=True, retry_after=5.0),
+        "runtime",
+    )
+
+    assert turn.tasks["a"].status is TaskStatus.FAILED
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "due_in"),
+    [
+        (None, 1_000),
+        (0.0, 1_000),
+        (0.5, 1_000),
+        (1.5, 1_500),
+        (7.25, 7_250),
+        (600.0, 600_000),
+    ],
+)
+def test_whoever_asks_to_be_left_alone_is_and_never_for_less_than_the_policy_says(
+    retry_after: float | None, due_in: int
+) -> None:
+    policy = Retry(max_attempts=3, initial=1.0, max_delay=2.0, jitter=0.0)
+    task = a_launched("a", launch=Launch(function="work", retry=policy))
+    view = a_view(a_flow(), task, running={"a"})
+    turn = a_turn(view)
+
+    turn.take(
+        c.EndReport(task_id="a", attempt=1, outcome=Failed(WHY), retry_after=retry_after),
+        "runtime",
+    )
+
+    assert turn.tasks["a"].next_attempt_at == NOW + due_in

@@ -465,6 +465,22 @@ def test_a_resume_does_nothing_to_a_child_its_owner_named_as_a_blocker(named: An
     assert told(turn) == [EventType.FLOW_RESUMED]
 
 
+@pytest.mark.parametrize(
+    "command", [c.CancelTask(task_id="t"), c.RetryTask(task_id="t")], ids=["cancel", "retry"]
+)
+def test_only_the_owner_lifts_a_block_of_his_own_whatever_becomes_of_the_child_it_names(
+    command: c.Command,
+) -> None:
+    pending = a_launched("t", QUEUED, launch=retrying(), attempt=1, next_attempt_at=NOW + 60_000)
+    own = a_flow(FlowStatus.BLOCKED, blocked_task_id="t", blocked_summary="slow today")
+    view = a_view(own, pending)
+
+    taken = a_turn(view).take(command, "owner")
+
+    assert taken.refusal is None
+    assert view.flow is own
+
+
 def test_waiting_for_something_does_not_hide_a_review() -> None:
     view = blocked_view()
     wait = Raw(b'{"kind":"webhook"}')

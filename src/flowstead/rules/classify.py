@@ -6,7 +6,7 @@ exception carries, its class. Retry policies are then asked whether that is wort
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -47,15 +47,17 @@ def judge(error: BaseException, retry: Retry | None, classify: Classify | None =
 
 
 def _judge(error: BaseException, retry: Retry | None, classify: Classify | None) -> Verdict:
-    said = any(isinstance(each, TaskSignal) for each in _leaves(error))
+    leaves = _leaves(error)
     category = category_of(error, classify)
-    after = retry_after_of(error)
+    # One branch that may work next time does not speak for the others; one that is hopeless does.
+    said = all(isinstance(each, TaskSignal) for each in leaves) or _is_hopeless(leaves)
+    after = max((s for each in leaves if (s := retry_after_of(each)) is not None), default=None)
     reasons = None if retry is None else retry.reasons
     if said or reasons is None:
         again = category in RETRIED
     else:
         again = category in reasons or all(
-            not _mro_names(each).isdisjoint(reasons) for each in _leaves(error)
+            not _mro_names(each).isdisjoint(reasons) for each in leaves
         )
     return Verdict(category, again, category is Category.VALIDATION and not again, after)
 
@@ -84,6 +86,10 @@ def category_of(error: BaseException, classify: Classify | None = None) -> Categ
         inner = {category_of(each, classify) for each in _leaves(error)}
         return inner.pop() if len(inner) == 1 else Category.OTHER
     return _by_status(error) or _by_class(error)
+
+
+def _is_hopeless(leaves: Sequence[BaseException]) -> bool:
+    return any(isinstance(each, Fatal | NeedsReview) for each in leaves)
 
 
 def _said_in(group: BaseExceptionGroup[BaseException]) -> Category | None:
