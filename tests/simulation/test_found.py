@@ -340,9 +340,6 @@ def test_a_disk_that_refuses_what_is_overdue_is_not_asked_without_a_pause() -> N
         assert 5 < failed < 50
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a slot given back by a failed draft wakes the flow that is being forgotten"
-)
 def test_a_flow_that_gives_a_slot_back_to_itself_is_not_taken_for_one_that_never_was() -> None:
     registry = Registry()
 

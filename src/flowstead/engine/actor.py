@@ -243,6 +243,10 @@ class Actor:
     def take_turn(self) -> None:
         """Fold what waits, once; for the queue of turns to call."""
         self._is_scheduled = False
+        if self._draft is not None or not self._is_loaded:
+            # Woken by a slot while a turn was ending: the commit's answer, or the loader, goes on from here.
+            self._wake()
+            return
         envelopes = self.mailbox.take(_TURN)
         try:
             draft = self._fold(envelopes)
@@ -365,15 +369,16 @@ class Actor:
         assert draft is not None
         self._draft = None
         unknown = isinstance(error, OutcomeUnknown)
-        if not unknown:
-            for task_id in draft.tasks.keys() - self._around.code.running.keys():
-                self._around.slots.give_back(task_id)
         code = Code.OUTCOME_UNKNOWN if unknown else Code.PERSIST_FAILED
         reply = Reply(None if unknown else self._doc, Refusal(code, str(error)))
         self._forget()
         if unknown:
             self._doubtful = draft
             self._around.feed.doubt(self.key)
+        else:
+            # Not before it is forgotten: a slot that comes free may wake this very flow.
+            for task_id in draft.tasks.keys() - self._around.code.running.keys():
+                self._around.slots.give_back(task_id)
         for envelope, _ in draft.answers:
             envelope.answer(reply)
         self._look_again_later()

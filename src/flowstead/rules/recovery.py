@@ -85,7 +85,7 @@ def recover(view: View, command: c.Recover) -> Decision | Refusal:
                     task = _changed(changes, endings.request_cancel(task, view.now))
                 elif task.kill_requested_at is not None or _is_due(task, view):
                     # Due, or begun by a process that is gone: nobody has had the time of this rung yet.
-                    task = _changed(changes, endings.request_kill(task, view.now))
+                    task = _changed(changes, endings.request_kill(task, _not_before(task, view)))
                 effects += (StartTask(task, adopted=True), *_stop(flow, task))
             case Fate.ADOPT_TO_LOSE:
                 effects.append(StartTask(task, adopted=True))
@@ -109,6 +109,11 @@ def _missing(task: StoredTask) -> list[str]:
     if launch is None or is_bare(launch):
         return []
     return [launch.function or launch.executor]
+
+
+def _not_before(task: StoredTask, view: View) -> int:
+    """Now, unless the wall clock has gone back behind what the record says of the stop."""
+    return max(view.now, task.kill_requested_at or 0, task.cancel_requested_at or 0)
 
 
 def _is_due(task: StoredTask, view: View) -> bool:
