@@ -56,8 +56,6 @@ class Code:
         """Children whose code runs on though their record has ended."""
         self.begun: dict[str, list[tuple[int, int]]] = {}
         """The process and the attempt of each time that a child's code began."""
-        self.killed: dict[str, int] = {}
-        """The process in which each child was last killed."""
         self.hanging: dict[str, asyncio.Event] = {}
         self.gates_open = False
 

@@ -372,3 +372,45 @@ def test_a_flow_that_gives_a_slot_back_to_itself_is_not_taken_for_one_that_never
 
         assert simulation.disk.fired["busy"], "vacuous"
         assert code in (None, "persist_failed")
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a function that is back is run whether there is room or not"
+)
+def test_a_step_that_was_cut_off_waits_for_room_like_anybody_else() -> None:
+    registry, running, most = Registry(), list[str](), list[int]()
+
+    @registry.task()
+    async def work(context: TaskContext, _: Any) -> Any:
+        running.append(context.task_id)
+        most.append(len(running))
+        await asyncio.sleep(1.0)
+        running.remove(context.task_id)
+
+    @registry.controller("plan")
+    async def plan(flow: FlowContext) -> None:
+        async def step(context: TaskContext, given: Any) -> Any:
+            return await work(context, given)
+
+        await flow.run(step)
+
+    with Simulation(1) as simulation:
+        limits = Limits(running_in_all=1)
+        runtime = simulation.boot(registry=registry, limits=limits)
+
+        async def begin() -> None:
+            flows = runtime.tasks.flow.bind_session(session_key="agent:a")
+            await flows.create_managed(controller_id="plan", goal="plan")
+            await asyncio.sleep(0.2)
+            flow = await flows.create_managed(controller_id="shop/triage", goal="triage")
+            await flows.run_task(flow_id=flow.flow_id, task="work", run="work")
+
+        simulation.play(begin())
+        simulation.kill()
+        running.clear()
+        simulation.boot(registry=registry, limits=limits)
+        simulation.play(asyncio.sleep(10.0))
+        simulation.shut()
+
+    assert len(most) == 3, "vacuous"
+    assert max(most) == 1
