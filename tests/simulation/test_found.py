@@ -374,9 +374,6 @@ def test_a_flow_that_gives_a_slot_back_to_itself_is_not_taken_for_one_that_never
         assert code in (None, "persist_failed")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a function that is back is run whether there is room or not"
-)
 def test_a_step_that_was_cut_off_waits_for_room_like_anybody_else() -> None:
     registry, running, most = Registry(), list[str](), list[int]()
 

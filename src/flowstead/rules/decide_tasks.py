@@ -75,7 +75,9 @@ def add_tasks(view: View, command: c.AddTasks) -> Answer:
     return Decision(
         tasks=(*(task for task, _ in made), *(task for task, _ in restarted)),
         facts=(*(fact for _, fact in made), *(fact for _, fact in restarted)),
-        effects=tuple(StartTask(task) for task, _ in restarted),
+        effects=tuple(
+            StartTask(task) for task, _ in restarted if task.status is TaskStatus.RUNNING
+        ),
         lined_up=(*(draft.task_id for draft in new if draft.launch is not None), *waiting),
         answered=tuple(named),
     )
@@ -166,7 +168,14 @@ def _revive(view: View, task_ids: list[str]) -> tuple[list[endings.Change], list
         and task.next_attempt_at is None
         and task.review_requested_at is None
     ]
-    return [endings.restart(task, view.now) for task in cut_off], queued
+    changes = [
+        endings.restart(task, view.now)
+        if view.room.take(task)
+        else endings.interrupt(task, view.now)
+        for task in cut_off
+    ]
+    queued += [task.task_id for task, _ in changes if task.status is TaskStatus.QUEUED]
+    return changes, queued
 
 
 def report_start(view: View, command: c.StartReport) -> Answer:
