@@ -411,3 +411,41 @@ def test_a_step_that_was_cut_off_waits_for_room_like_anybody_else() -> None:
 
     assert len(most) == 3, "vacuous"
     assert max(most) == 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a due instant is compared with a clock that was put back since"
+)
+def test_a_retry_is_not_forgotten_when_its_flow_is_loaded_after_the_clock_was_put_back() -> None:
+    registry = Registry()
+
+    @registry.task(retry=Retry(initial=1.0, jitter=0.0))
+    async def flaky(context: TaskContext, _: Any) -> Any:
+        if context.attempt == 1:
+            raise ValueError("the first time")
+        return "done"
+
+    with Simulation(1) as simulation:
+
+        async def host(runtime: Runtime) -> str:
+            flows = runtime.tasks.flow.bind_session(session_key="agent:a")
+            flow = await flows.create_managed(controller_id="shop/triage", goal="triage")
+            made = await flows.run_task(flow_id=flow.flow_id, task="work", run="flaky")
+            assert isinstance(made, Created)
+            await asyncio.sleep(0.2)
+            # The retry comes due, and its start is refused after a while, in which the clock goes back.
+            simulation.disk.faults = Faults(busy=1.0)
+            await asyncio.sleep(2.0)
+            simulation.clock.shift_ms = -3_600_000
+            # Somebody waits for the flow meanwhile, so that it is loaded again at once.
+            await flows.update(flow_id=flow.flow_id, expected_revision=7)
+            simulation.disk.faults = CALM
+            await asyncio.sleep(1.0)
+            simulation.clock.shift_ms = 0
+            await asyncio.sleep(120.0)
+            task = await flows.get_task(made.task.task_id)
+            assert task is not None
+            return task.status
+
+        assert simulation.run(host, registry=registry) == "succeeded"
+        assert simulation.disk.fired["busy"], "vacuous"
