@@ -413,9 +413,6 @@ def test_a_step_that_was_cut_off_waits_for_room_like_anybody_else() -> None:
     assert max(most) == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a due instant is compared with a clock that was put back since"
-)
 def test_a_retry_is_not_forgotten_when_its_flow_is_loaded_after_the_clock_was_put_back() -> None:
     registry = Registry()
 

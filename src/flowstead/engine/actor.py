@@ -218,7 +218,7 @@ class Actor:
             self._children = Children.of(snapshot.active, snapshot.run_ids)
             self._to_recover = True
             # What is overdue is seen to in the first turn; a timer for it would fire at once, again and again.
-            self._note_dues(snapshot.flow, snapshot.active, after=self.asked_at)
+            self._note_dues(snapshot.flow, snapshot.active, overdue=False)
         self._clear_doubt(snapshot)
         self._wake()
 
@@ -438,12 +438,16 @@ class Actor:
             if task is None or task.status is not TaskStatus.RUNNING:
                 self._around.slots.give_back(task_id)
 
-    def _note_dues(self, flow: StoredFlow, tasks: Iterable[StoredTask], *, after: int = 0) -> None:
-        """Have the timers know what becomes due, as far as it lies after an instant."""
+    def _note_dues(
+        self, flow: StoredFlow, tasks: Iterable[StoredTask], *, overdue: bool = True
+    ) -> None:
+        """Have the timers know what becomes due, with what is overdue or without."""
         timers, limits = self._around.timers, self._around.limits
-        dues = [flow_due_at(flow, limits), *(task_due_at(task, limits) for task in tasks)]
+        instants = [flow_due_at(flow, limits), *(task_due_at(task, limits) for task in tasks)]
+        dues = [at for at in instants if at is not None]
+        after = -1 if overdue or not dues else self._around.clock.now()
         for at in dues:
-            if at is not None and at > after:
+            if at > after:
                 timers.note(at, self.key)
 
     def _go_on(self) -> None:
