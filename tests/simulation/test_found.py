@@ -13,7 +13,7 @@ import pytest
 
 from flowstead import Created, FlowContext, Limits, Nested, Registry, Retry, Runtime, TaskContext
 from flowstead.engine.slots import Slots
-from flowstead.model.command import Recover, ReleaseTasks
+from flowstead.model.command import Cancel, Recover, ReleaseTasks
 from flowstead.model.flow import FlowKey
 from flowstead.model.task import Launch, OnRestart
 from flowstead.rules.decide import decide
@@ -446,3 +446,13 @@ def test_a_retry_is_not_forgotten_when_its_flow_is_loaded_after_the_clock_was_pu
 
         assert simulation.run(host, registry=registry) == "succeeded"
         assert simulation.disk.fired["busy"], "vacuous"
+
+
+def test_a_cancel_is_not_started_before_it_was_requested() -> None:
+    view = a_view(a_flow(cancel_requested_at=2_000), a_launched("t-1", attempt=1), now=1_000)
+
+    answer = decide(view, Cancel())
+
+    assert isinstance(answer, Decision)
+    assert answer.flow is not None
+    assert answer.flow.cancel_started_at == 2_000

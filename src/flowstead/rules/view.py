@@ -128,7 +128,9 @@ def change_flow(
 def start_cancel(flow: StoredFlow, now: int) -> tuple[StoredFlow, Fact]:
     """The flow from whose children and controller an end is demanded, and the fact that tells of it."""
     if flow.cancel_requested_at is not None:
-        return change_flow(flow, now, EventType.FLOW_CANCEL_STARTED, cancel_started_at=now)
+        # Not before it was requested, wherever the wall clock has gone meanwhile.
+        started_at = max(now, flow.cancel_requested_at)
+        return change_flow(flow, now, EventType.FLOW_CANCEL_STARTED, cancel_started_at=started_at)
     return change_flow(
         flow,
         now,
