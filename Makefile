@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 dev: $(VENV)/.ready   ## set up .venv with everything
 
-demo: $(VENV)/.ready  ## triage a real mailbox, kill -9 half way, restart, lose nothing
+demo: $(VENV)/.ready  ## triage a real mailbox, kill -9 half way and while it waits for a reply, lose nothing
 	@$(BIN)/python examples/inbox_triage.py --demo
 
 test: $(VENV)/.ready  ## the whole suite, on every core

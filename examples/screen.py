@@ -1,7 +1,8 @@
-"""What the examples print: colours and a progress bar on a terminal, plain lines everywhere else."""
+"""What the examples print and ask: colours and a progress bar on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,20 @@ class Screen:
         """One message and where it went."""
         self.say(f"[{done:3}/{total}] {route:8} {_cell(about, 52)} {why}", STYLES.get(route, "red"))
 
+    async def ask(self, question: str) -> str | None:
+        """What a person types; None where nobody is there to be asked, or says Ctrl-D.
+
+        Everything else goes on while the person thinks. Cancelling takes the question back.
+        """
+        if not sys.stdin.isatty():
+            return None
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        self.say(f"? {question}", "bold yellow")
+        answer = "\n"
+        while answer.isspace():
+            answer = await _line()
+        return answer.strip() or None
+
     @contextmanager
     def counting(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar under the lines, moved by calling what this yields."""
@@ -45,6 +60,17 @@ class Screen:
         with Progress(*columns, console=self._console, transient=True) as progress:
             bar = progress.add_task(label, total=total)
             yield lambda done: progress.update(bar, completed=done)
+
+
+async def _line() -> str:
+    """The next line of the terminal, empty at its end. A thread in `readline` could not be called back."""
+    loop, typed = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin, typed.set)
+    try:
+        await typed.wait()
+    finally:
+        loop.remove_reader(sys.stdin)
+    return sys.stdin.readline()
 
 
 def _cell(text: str, width: int) -> str:

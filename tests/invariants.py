@@ -6,6 +6,7 @@ stays there for the next owner, and raises an `AssertionError` that says what is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -93,6 +94,14 @@ TOLD_OF_TASKS = (
     "cleanupAfter",
 )
 USUAL = {"attempt": 0, "depth": 0}
+RESERVED = frozenset({"deadlineAt", "onTimeout", "prompt", "remindAt", "schema", "wakeAt"})
+TURNS_OF_A_WAIT = {
+    *("task.created", "task.progressed", "task.reminded", "task.voted", "task.overdue"),
+    "task.ended",
+}
+TURNS_OF_A_LETTER = {"task.created", "task.taken", "task.ended"}
+CARRIED = ["task.created", "task.ended"]
+_canonical = msgspec.json.Encoder(order="deterministic").encode
 
 
 @dataclass
@@ -127,6 +136,31 @@ class TaskRows:
     def kinds(self) -> list[str]:
         return [event["type"] for event in self.events]
 
+    @property
+    def is_active(self) -> bool:
+        return self.doc.get("endedAt") is None
+
+    @property
+    def wait(self) -> dict[str, Any] | None:
+        return self.doc.get("wait")
+
+    @property
+    def letter(self) -> dict[str, Any] | None:
+        return self.doc.get("letter")
+
+
+@dataclass
+class Row:
+    """A row that is no part of a history: a signal, or an update."""
+
+    what: str
+    row: dict[str, Any]
+    doc: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.what} {self.row['key']}"
+
 
 @dataclass
 class File:
@@ -137,6 +171,8 @@ class File:
     positions: list[int]
     crcs: list[tuple[str, int, int]]
     """Of each row: what it is, the checksum it has, and the one it should have."""
+    signals: list[Row]
+    updates: list[Row]
 
     @property
     def tasks(self) -> list[TaskRows]:
@@ -146,6 +182,10 @@ class File:
         """Another flow of the same owner."""
         wanted = (flow.row["owner_key"], flow_id)
         return self._by_id.get(wanted)
+
+    def is_flow(self, owner_key: str, flow_id: str) -> bool:
+        """Whether an owner has such a flow."""
+        return (owner_key, flow_id) in self._by_id
 
     @cached_property
     def parents(self) -> dict[str, tuple[FlowRows, TaskRows]]:
@@ -170,11 +210,11 @@ def connect(path: Path | str) -> sqlite3.Connection:
 
 
 def dump(path: Path | str) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row of flows, tasks and events, for comparing."""
+    """Every row but the one that says who owns the file, for comparing."""
     with closing(connect(path)) as connection:
         return {
             table: [tuple(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY 1")]
-            for table in ("flows", "tasks", "events")
+            for table in ("flows", "tasks", "events", "signals", "updates")
         }
 
 
@@ -192,12 +232,12 @@ def _read(connection: sqlite3.Connection) -> File:
     found = [row[0] for row in connection.execute("PRAGMA integrity_check")]
     assert found == ["ok"], f"the file is damaged: {found}"
     flows = {
-        row["key"]: FlowRows(dict(row), json.loads(row["doc"]))
+        row["key"]: FlowRows(dict(row), msgspec.json.decode(row["doc"]))
         for row in connection.execute("SELECT * FROM flows ORDER BY key")
     }
     tasks: dict[str, TaskRows] = {}
     for row in connection.execute("SELECT * FROM tasks ORDER BY key"):
-        task = tasks[row["task_id"]] = TaskRows(dict(row), json.loads(row["doc"]))
+        task = tasks[row["task_id"]] = TaskRows(dict(row), msgspec.json.decode(row["doc"]))
         assert row["flow_key"] in flows, f"{task.name} belongs to no flow"
         flows[row["flow_key"]].tasks[row["task_id"]] = task
     positions = []
@@ -209,7 +249,7 @@ def _read(connection: sqlite3.Connection) -> File:
     for row in connection.execute("SELECT * FROM events ORDER BY position"):
         where = f"event at position {row['position']}"
         assert row["flow_key"] in flows, f"{where} belongs to no flow"
-        event = json.loads(row["doc"])
+        event = msgspec.json.decode(row["doc"])
         assert event["seq"] == row["seq"], f"{where}: seq {event['seq']} beside {row['seq']}"
         event["position"] = row["position"]
         positions.append(row["position"])
@@ -220,8 +260,13 @@ def _read(connection: sqlite3.Connection) -> File:
         if task_id := event.get("taskId"):
             assert task_id in flow.tasks, f"{where} is about {task_id}, no child of {flow.name}"
             flow.tasks[task_id].events.append(event)
+    others: dict[str, list[Row]] = {}
+    for what in ("signal", "update"):
+        rows = connection.execute(f"SELECT * FROM {what}s ORDER BY key")
+        others[what] = [Row(what, dict(row), msgspec.json.decode(row["doc"])) for row in rows]
+        crcs += [(each.name, each.row["crc"], plain_crc_of(each.row)) for each in others[what]]
     [ownership] = connection.execute("SELECT * FROM ownership").fetchall()
-    file = File(flows, dict(ownership), positions, crcs)
+    file = File(flows, dict(ownership), positions, crcs, others["signal"], others["update"])
     for flow in flows.values():
         _find_carried(file, flow)
     return file
@@ -242,9 +287,34 @@ def _origin(task: TaskRows) -> tuple[Any, ...]:
 
 
 def crc_of(row: dict[str, Any]) -> int:
+    """The checksum of a row; the columns of a wait come last, and only where there is one."""
+    others = {name: value for name, value in row.items() if name not in ("wait_key", "wait_token")}
+    if (waited := (row.get("wait_key"), row.get("wait_token"))) != (None, None):
+        others |= dict(zip(("wait_key", "wait_token"), waited, strict=True))
+    return plain_crc_of(others)
+
+
+def plain_crc_of(row: dict[str, Any]) -> int:
     """The CRC-32 of a row's columns in MessagePack and of its record after them."""
     columns = [value for name, value in row.items() if name not in ("doc", "crc")]
     return zlib.crc32(row["doc"].encode(), zlib.crc32(msgspec.msgpack.encode(columns)))
+
+
+def wait_key_of(owner_key: str, fields: Any) -> str | None:
+    """The digest under which a wait is found: of its owner and its plain fields."""
+    if not isinstance(fields, dict):
+        return None
+    plain = {
+        name: value
+        for name, value in fields.items()
+        if name not in RESERVED and isinstance(value, (str, int, float))
+    }
+    return hashlib.sha256(_canonical([owner_key, plain])).hexdigest() if plain else None
+
+
+def token_digest_of(token: str | None) -> str | None:
+    """What is stored of a token where it can be found by."""
+    return None if token is None else hashlib.sha256(token.encode()).hexdigest()
 
 
 # ---- a flow ---------------------------------------------------------------------------------------
@@ -316,6 +386,8 @@ def check_cancel_intent_is_kept(flow: FlowRows) -> None:
     [stamp] = stamps
     assert stored == stamp["changed"]["cancelRequestedAt"], f"{flow.name}: intent is now {stored}"
     for event in flow.events[stamp["seq"] :]:
+        if _is_let_go(flow, event):
+            continue
         assert event["type"] not in (
             "task.created",
             "task.started",
@@ -323,9 +395,22 @@ def check_cancel_intent_is_kept(flow: FlowRows) -> None:
             "task.retry_requested",
             "task.review_requested",
             "flow.waiting",
+            "flow.parked",
             "flow.blocked",
             "flow.resumed",
         ), f"{flow.name}: {event['type']} at seq {event['seq']}, after the cancel intent"
+
+
+def _is_let_go(flow: FlowRows, event: dict[str, Any]) -> bool:
+    """Whether the flow goes on because the wait that its controller stood in was taken away by the intent."""
+    if event["type"] != "flow.resumed":
+        return False
+    for before in reversed(flow.events[: event["seq"] - 1]):
+        if before["type"] != "task.ended":
+            return False
+        if flow.tasks[before["taskId"]].wait is not None:
+            return True
+    return False
 
 
 def check_cancel_goes_by_rungs(flow: FlowRows) -> None:
@@ -480,11 +565,98 @@ def check_flow_columns(flow: FlowRows) -> None:
         assert row[column] == doc.get(name), (
             f"{flow.name}: column {column} is {row[column]!r}, the record has {doc.get(name)!r}"
         )
-    awaited = doc.get("endedAt") is None and doc.get("cancelRequestedAt") is not None
-    assert (row["due_at"] is not None) == awaited, f"{flow.name}: due_at is {row['due_at']}"
-    if awaited:
-        stamp = doc.get("cancelStartedAt") or doc["cancelRequestedAt"]
-        assert row["due_at"] >= stamp, f"{flow.name}: due before the intent"
+    if doc.get("endedAt") is not None or doc.get("cancelRequestedAt") is None:
+        due_at = None if doc.get("endedAt") is not None else _flow_due(doc)
+        assert row["due_at"] == due_at, f"{flow.name}: due_at is {row['due_at']}, not {due_at}"
+        return
+    assert row["due_at"] is not None, f"{flow.name}: due_at is None"
+    stamp = doc.get("cancelStartedAt") or doc["cancelRequestedAt"]
+    assert row["due_at"] >= stamp, f"{flow.name}: due before the intent"
+
+
+def _flow_due(doc: dict[str, Any]) -> int | None:
+    """When the flow's own wait needs a tick, or its controller has stood long enough."""
+    own = doc.get("wait")
+    instants = [doc.get("parkAt"), None if own is None else _wait_due(own)]
+    return min((at for at in instants if at is not None), default=None)
+
+
+def _wait_due(wait: dict[str, Any]) -> int | None:
+    instants = [*wait.get("remindAt", [])[:1], wait.get("deadlineAt")]
+    return min((at for at in instants if at is not None), default=None)
+
+
+def check_stands(flow: FlowRows) -> None:
+    """A flow that waits says for what: for itself, by its key and token, or in children that are open."""
+    doc, status = flow.doc, flow.doc["status"]
+    own, awaiting = doc.get("wait"), doc.get("awaiting", [])
+    for column, name in (("wait_key", "waitKey"), ("wait_token", "waitToken")):
+        assert flow.row[column] == doc.get(name), f"{flow.name}: column {column} does not fit"
+    if own is not None:
+        digest = token_digest_of(own["token"])
+        assert doc.get("waitToken") == digest, f"{flow.name}: the digest of its token does not fit"
+        assert status in ("waiting", "blocked"), f"{flow.name} is {status}, and has a wait"
+        assert not awaiting, f"{flow.name} stands in two waits"
+        digest = wait_key_of(flow.row["owner_key"], doc.get("waitJson"))
+        assert own.get("waitKey") == doc.get("waitKey") == digest, (
+            f"{flow.name}: the digest of what it waits for does not fit"
+        )
+    if doc.get("parkAt") is not None:
+        assert awaiting, f"{flow.name} is to be parked, and its controller stands nowhere"
+    if not awaiting:
+        return
+    assert status in ("waiting", "blocked"), f"{flow.name} is {status}, and its controller stands"
+    assert doc.get("waitJson") is not None, f"{flow.name} does not say what it waits for"
+    assert doc.get("controllerId") is not None, f"{flow.name} stands without a controller"
+    for group in awaiting:
+        named = [flow.tasks.get(task_id) for task_id in group]
+        assert named and all(named), f"{flow.name} waits for {group}, not all of them its children"
+        ended = [task.name for task in named if task is not None and not task.is_active]
+        assert not ended, f"{flow.name} waits for {ended}, which have ended"
+        waits = [task for task in named if task is not None and task.wait is not None]
+        assert waits, f"{flow.name} waits for {group}, none of them a wait"
+
+
+def check_nothing_is_open_at_the_end(flow: FlowRows) -> None:
+    """No wait and no message outlives its flow, or the wish to cancel it."""
+    doc = flow.doc
+    if doc.get("endedAt") is None and doc.get("cancelRequestedAt") is None:
+        return
+    for task in flow.tasks.values():
+        is_owned = task.wait is not None or task.letter is not None
+        assert not (is_owned and task.is_active), f"{flow.name} is over, and {task.name} is open"
+
+
+def check_each_answer_counts_once(flow: FlowRows) -> None:
+    """No two events of a flow are the doing of one signal."""
+    causes = Counter(event["cause"] for event in flow.events if event.get("cause") is not None)
+    twice = [cause for cause, times in causes.items() if times > 1]
+    assert not twice, f"{flow.name}: {twice} counted more than once"
+
+
+def check_messages(flow: FlowRows) -> None:
+    """Each message is taken by one wait of its inbox at most, and they are taken in the order they came in."""
+    taken: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    seen: set[str] = set()
+    for task in flow.tasks.values():
+        if task.wait is None or task.doc["status"] != "succeeded" or task.carried_from is not None:
+            continue
+        if task.wait["kind"] != "message" or (named := task.doc["resultJson"]["id"]) is None:
+            continue
+        letter = flow.tasks.get(named)
+        assert letter is not None, f"{task.name} took {named}, which is no message of its flow"
+        assert letter.letter is not None, f"{task.name} took {letter.name}, which is no message"
+        assert named not in seen, f"{letter.name} was taken twice"
+        seen.add(named)
+        inbox = task.wait["inbox"]
+        assert letter.letter["inbox"] == inbox, f"{task.name} took {letter.name} of another inbox"
+        assert letter.doc.get("inputJson") == task.doc["resultJson"].get("body"), (
+            f"{task.name} took {letter.name}, and brought something else"
+        )
+        taken[inbox].append((task.events[-1]["seq"], letter.events[0]["seq"]))
+    for inbox, pairs in taken.items():
+        came = [created for _, created in sorted(pairs)]
+        assert came == sorted(came), f"{flow.name}: {inbox} was taken out of order: {came}"
 
 
 def check_times_of_flow(flow: FlowRows) -> None:
@@ -540,6 +712,46 @@ def check_goes_by_the_table(task: TaskRows) -> None:
     ):  # at its deadline: in memory
         assert doc["status"] == "cancelled", f"{task.name} is abandoned and {doc['status']}"
         assert killed is not None, f"{task.name} was abandoned and never to be killed"
+
+
+def check_wait(task: TaskRows) -> None:
+    """A wait stands in line until it ends, a message until it is taken; neither runs, nor ends before its time."""
+    wait, letter, doc = task.wait, task.letter, task.doc
+    if wait is None and letter is None:
+        return
+    assert wait is None or letter is None, f"{task.name} is a wait and a message"
+    assert not task.row["launched"], f"{task.name} is a wait or a message, and is launched"
+    if task.kinds == CARRIED and task.carried_from is not None:
+        return
+    known = TURNS_OF_A_WAIT if wait is not None else TURNS_OF_A_LETTER
+    odd = [kind for kind in task.kinds if kind not in known]
+    assert not odd, f"{task.name} is a wait or a message, and had {odd}"
+    if letter is not None:
+        taken = task.kinds.count("task.taken")
+        assert taken <= 1, f"{task.name} was taken {taken} times"
+        running = doc["status"] == "running"
+        assert running == (taken == 1 and task.is_active), f"{task.name} is {doc['status']}"
+        return
+    assert wait is not None
+    assert doc["status"] != "running", f"{task.name} is a wait, and runs"
+    deadline = wait.get("deadlineAt")
+    if deadline is None or task.is_active:
+        return
+    by_the_clock = doc["status"] == "timed_out" or (
+        wait["kind"] == "timer" and doc["status"] == "succeeded"
+    )
+    if by_the_clock:
+        assert doc["endedAt"] >= deadline, f"{task.name} was over before its time"
+
+
+def check_wait_columns(task: TaskRows, flow: FlowRows) -> None:
+    """The columns a wait is found by say the same as its record, and as what it waits for."""
+    wait = task.wait or {}
+    assert task.row["wait_key"] == wait.get("waitKey"), f"{task.name}: wait_key does not fit"
+    token = token_digest_of(wait.get("token"))
+    assert task.row["wait_token"] == token, f"{task.name}: wait_token does not fit"
+    digest = wait_key_of(flow.row["owner_key"], wait.get("key"))
+    assert wait.get("waitKey") == digest, f"{task.name}: its digest does not fit what it waits for"
 
 
 def check_done_once(task: TaskRows) -> None:
@@ -617,7 +829,13 @@ def check_task_columns(task: TaskRows, flow: FlowRows) -> None:
 def _due_between(task: TaskRows) -> tuple[Any, Any]:
     """Between which instants the child's next tick lies; how long rungs take is the runtime's secret."""
     doc, never = task.doc, (None, None)
-    if doc["status"] not in ACTIVE or "launch" not in doc or "reviewRequestedAt" in doc:
+    if doc["status"] not in ACTIVE or "reviewRequestedAt" in doc:
+        return never
+    if task.wait is not None:
+        return _wait_due(task.wait), _wait_due(task.wait)
+    if task.letter is not None and doc["status"] == "queued":
+        return task.letter.get("expiresAt"), task.letter.get("expiresAt")
+    if "launch" not in doc:
         return never
     if doc["status"] == "queued":
         if (at := doc.get("nextAttemptAt")) is not None:
@@ -644,20 +862,100 @@ def check_positions(file: File) -> None:
 
 
 def check_ownership(file: File) -> None:
-    """Somebody owned it; every commit left at least one event, and no event came without a commit."""
+    """Somebody owned it; every commit left something, and no event came without a commit."""
     commits, events = file.ownership["commits"], len(file.positions)
+    others = file.ownership["signals"] + file.ownership["updates"]
     assert file.ownership["epoch"] >= 1, "nobody ever owned the file"
-    assert commits <= events, f"{commits} commits left only {events} events"
-    assert (commits > 0) == (events > 0), f"{commits} commits and {events} events"
+    # An update is written once, and once more for each attempt to deliver it.
+    assert others or commits <= events, f"{commits} commits left only {events} events"
+    assert (commits > 0) == (events + others > 0), f"{commits} commits and {events} events"
     holder = json.loads(file.ownership["holder"])
     assert holder["pid"] > 0, f"the holder is {holder}"
 
 
 def check_totals(file: File) -> None:
     """The ownership row knows how many rows there are, so that one that vanishes is missed."""
-    counted = {"flows": len(file.flows), "tasks": len(file.tasks), "events": len(file.positions)}
+    counted = {
+        "flows": len(file.flows),
+        "tasks": len(file.tasks),
+        "events": len(file.positions),
+        "signals": len(file.signals),
+        "updates": len(file.updates),
+    }
     said = {name: file.ownership[name] for name in counted}
     assert said == counted, f"the totals are {said}, and there are {counted}"
+
+
+def check_signals(file: File) -> None:
+    """A signal waits or was taken, never both; no id counts twice; and what caused something is on record."""
+    ids = Counter((s.row["owner_key"], s.row["signal_id"]) for s in file.signals)
+    twice = [name for name, times in ids.items() if name[1] is not None and times > 1]
+    assert not twice, f"several signals are called {twice}"
+    for signal in file.signals:
+        row, doc = signal.row, signal.doc
+        for column, name in (
+            ("key", "key"),
+            ("owner_key", "ownerKey"),
+            ("wait_key", "waitKey"),
+            ("signal_id", "signalId"),
+            ("expires_at", "expiresAt"),
+        ):
+            assert row[column] == doc.get(name), f"{signal.name}: column {column} does not fit"
+        taken_by = doc.get("takenBy")
+        kept = taken_by is None and doc.get("expiresAt") is not None
+        assert bool(row["kept"]) == kept, (
+            f"{signal.name}: kept is {row['kept']}, taken by {taken_by}"
+        )
+        if taken_by:
+            owned = (row["owner_key"], taken_by)
+            assert file.is_flow(*owned), f"{signal.name} went to {taken_by}, which is not there"
+    for flow in file.flows.values():
+        for event in flow.events:
+            if (cause := event.get("cause")) is not None:
+                assert (flow.row["owner_key"], cause) in ids, (
+                    f"{flow.name}: {event['type']} is the doing of {cause!r}, which is not on record"
+                )
+
+
+def check_updates(file: File) -> None:
+    """An owner hears of the end of a flow once, and by it; of a silent flow nothing; and pending has an instant."""
+    slots = Counter((u.row["flow_key"], u.row["slot"]) for u in file.updates)
+    assert not slots or max(slots.values()) == 1, "a slot of a flow is taken twice"
+    keys = Counter(u.doc["idempotencyKey"] for u in file.updates)
+    assert not keys or max(keys.values()) == 1, "two updates have the same idempotency key"
+    for update in file.updates:
+        row, doc = update.row, update.doc
+        flow = file.flows.get(row["flow_key"])
+        assert flow is not None, f"{update.name} is of no flow"
+        for column, said in (
+            ("owner_key", doc["ownerKey"]),
+            ("flow_key", doc["flowKey"]),
+            ("slot", doc["slot"]),
+            ("status", doc.get("status", "pending")),
+            ("due_at", doc.get("dueAt")),
+            ("bucket", doc.get("bucket")),
+        ):
+            assert row[column] == said, f"{update.name}: column {column} is {row[column]!r}"
+        pending = row["status"] == "pending"
+        assert pending == (row["due_at"] is not None), f"{update.name}: due_at does not fit"
+        assert flow.doc["notifyPolicy"] != "silent", f"{update.name} tells of a silent {flow.name}"
+        has_ended = flow.doc.get("endedAt") is not None
+        if row["slot"] == "progress":
+            assert not (pending and has_ended), f"{update.name} is out of date: {flow.name} ended"
+        if row["slot"] == "done":
+            said = (doc["flowStatus"], doc["revision"])
+            assert has_ended, f"{update.name} tells of an end of {flow.name}"
+            assert said == (flow.doc["status"], flow.doc["revision"]), (
+                f"{update.name} says that {flow.name} is {said}"
+            )
+
+
+def check_everybody_is_told(file: File) -> None:
+    """Where there always was a notifier, each end of a flow that is not silent has its update."""
+    told = {u.row["flow_key"] for u in file.updates if u.row["slot"] == "done"}
+    for key, flow in file.flows.items():
+        if flow.doc.get("endedAt") is not None and flow.doc["notifyPolicy"] != "silent":
+            assert key in told, f"{flow.name} has ended, and there is no update that says so"
 
 
 def check_crcs(file: File) -> None:
@@ -699,18 +997,29 @@ OF_A_FLOW: tuple[Callable[[FlowRows], None], ...] = (
     check_cancel_goes_by_rungs,
     check_review_blocks,
     check_mirrored,
+    check_stands,
+    check_nothing_is_open_at_the_end,
+    check_each_answer_counts_once,
+    check_messages,
     check_flow_columns,
     check_times_of_flow,
 )
 OF_A_TASK: tuple[Callable[[TaskRows], None], ...] = (
     check_child_ends_once,
     check_goes_by_the_table,
+    check_wait,
     check_done_once,
     check_deadlines,
     check_attempts,
     check_history_tells_the_child,
 )
-OF_A_FILE: tuple[Callable[[File], None], ...] = (check_positions, check_ownership, check_names)
+OF_A_FILE: tuple[Callable[[File], None], ...] = (
+    check_positions,
+    check_ownership,
+    check_names,
+    check_signals,
+    check_updates,
+)
 OF_FLOWS_TOGETHER: tuple[Callable[[File, FlowRows], None], ...] = (
     check_retry_carries_all,
     check_nested,
@@ -718,8 +1027,12 @@ OF_FLOWS_TOGETHER: tuple[Callable[[File, FlowRows], None], ...] = (
 OF_EVERY_ROW: tuple[Callable[[File], None], ...] = (check_totals, check_crcs)
 
 
-def check_all(path: Path | str) -> File:
+def check_all(path: Path | str, *, tells: bool = False) -> File:
     """Check a closed file against everything above and answer its content.
+
+    Args:
+        path: The file.
+        tells: Whether every runtime that had it had a notifier.
 
     Raises:
         AssertionError: Something is not as it must be; the message says what, and of which row.
@@ -735,9 +1048,12 @@ def check_all(path: Path | str) -> File:
             for check_task in OF_A_TASK:
                 check_task(task)
             check_task_columns(task, flow)
+            check_wait_columns(task, flow)
     for flow in file.flows.values():
         for check_together in OF_FLOWS_TOGETHER:
             check_together(file, flow)
+    if tells:
+        check_everybody_is_told(file)
     # Last, because whatever else is wrong is said more plainly above.
     for check_rows in OF_EVERY_ROW:
         check_rows(file)

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,10 @@ PATTERNS = sorted(PATTERN.glob("*.py"))
 INBOX = EXAMPLES / "inbox.mbox"
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
-OUTBOXES = ("slack.jsonl", "notify.jsonl", "end_of_day.jsonl")
+TRIAGE = EXAMPLES / "inbox_triage.py"
+BOXES = ("slack", "notify", "end_of_day", "owner")
+QUESTION = "What shall be answered?"
+NEVER = str(4_118_000_000_000)  # a digest time long after any test
 
 # How many commits a process that runs a pattern is left to live for, where it is killed again and again.
 COMMITS_OF_A_LIFE = {
@@ -63,6 +66,33 @@ SqliteStore.commit = commit_and_die
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
+# Give a program a terminal of its own; what is written to this process is typed there.
+AT_A_TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
+# The triage in a process that dies when it has told so many things, before the last of them is on record.
+TELLS_AND_DIES = """
+import os, runpy, signal, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import inbox_triage
+
+post, left = inbox_triage.Outbox.post, int(sys.argv.pop(2))
+
+
+def post_and_die(*given, **what):
+    global left
+    post(*given, **what)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+inbox_triage.Outbox.post = post_and_die
+del sys.argv[0]
+sys.exit(inbox_triage.main())
+"""
+
 Program = Callable[..., str]
 
 
@@ -91,13 +121,21 @@ def program(tmp_path: Path) -> Program:
     return run
 
 
-def posted(work: Path) -> list[str]:
-    """The key of every effect, as often as it happened."""
-    return [
-        json.loads(line)["key"]
-        for name in OUTBOXES
-        for line in (work / name).read_text().splitlines()
-    ]
+def lines(work: Path, name: str) -> list[dict[str, Any]]:
+    """What was written to an outbox of the triage."""
+    return [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
+
+
+def updates(work: Path) -> list[dict[str, Any]]:
+    """What the triage has on record of what it told."""
+    return recorded(work / "flows.db", "v_updates")
+
+
+def told(work: Path) -> list[str]:
+    """The key of every message that somebody was told of, as often as it was told."""
+    items = [*lines(work, "slack"), *lines(work, "notify")]
+    items += [item for digest in lines(work, "end_of_day") for item in digest["items"]]
+    return [item["message"] for item in items]
 
 
 def test_the_ledger_example_ends_succeeded_at_revision_three(program: Program) -> None:
@@ -396,37 +434,103 @@ def test_short_examples_stay_short() -> None:
     assert len((EXAMPLES / "seed.py").read_text().splitlines()) < 60
 
 
-def test_the_triage_routes_each_message_once_and_a_second_run_does_nothing_twice(
+def test_the_triage_tells_of_each_message_and_waits_for_the_reply(
     program: Program, tmp_path: Path
 ) -> None:
-    first = program(EXAMPLES / "inbox_triage.py", INBOX, "--work", "work")
+    work = tmp_path / "work"
 
-    assert "succeeded at revision 4, step await_business_reply" in first
+    first = program(TRIAGE, INBOX, "--work", "work", "--digest-at", NEVER)
+
     assert re.search(r"business +Framework contract: two open points", first)
     assert re.search(r"business +Angebot für sechs Schreibtische", first)
     assert re.search(r"personal +Saturday", first)
     assert re.search(r"personal +Invitation: Roadmap", first)
     assert re.search(r"later +48 hours only", first)
-    assert len(posted(tmp_path / "work")) == len(set(posted(tmp_path / "work"))) == 16
+    assert re.search(
+        rf"It waits until [-0-9: ]+ for a reply: 6 business .* {re.escape(QUESTION)}\n", first
+    )
+    assert "Run it again to answer" in first
+    assert "5 to be told at 2100-" in first
+    counts = [len(lines(work, name)) for name in BOXES]
+    assert counts == [6, 5, 0, 0]
+    [flow] = recorded(work / "flows.db", "v_flows")
+    assert (flow["status"], flow["current_step"]) == ("waiting", "await_business_reply")
 
-    second = program(EXAMPLES / "inbox_triage.py", INBOX, "--work", "work")
+    second = program(TRIAGE, INBOX, "--work", "work", "--digest-at", NEVER)
 
     assert "16 of 16 answer from the record" in second
     assert second.splitlines()[0] == first.splitlines()[0]
-    assert len(posted(tmp_path / "work")) == 16
+    assert second.splitlines()[-3:] == first.splitlines()[-3:]
+    assert len(told(work)) == len(set(told(work))) == 11
 
 
-def test_new_mail_is_a_new_flow_and_old_mail_is_not_posted_again(
+def test_a_reply_ends_the_triage_and_is_in_its_state_and_further_runs_do_nothing(
     program: Program, tmp_path: Path
 ) -> None:
-    program(EXAMPLES / "inbox_triage.py", INBOX, "--work", "work")
+    work = tmp_path / "work"
+    program(TRIAGE, INBOX, "--work", "work", "--digest-at", NEVER)
+
+    second = program(TRIAGE, INBOX, "--work", "work", "--reply", "Yes, on Thursday.")
+    third = program(TRIAGE, INBOX, "--work", "work", "--reply", "No!")
+
+    assert "your reply: Taken." in second
+    assert re.search(r"succeeded at revision \d+, step done\n5 to be told at 2100-", second)
+    assert "your reply" not in third
+    assert third.splitlines()[-5:] == second.splitlines()[-5:]
+    [flow] = recorded(work / "flows.db", "v_flows")
+    state = json.loads(flow["state_json"])
+    assert state["reply"] == {"text": "Yes, on Thursday."}
+    assert [line["message"] for line in lines(work, "slack")] != []
+    assert {line["message"] for line in lines(work, "slack")} == set(state["businessThreads"])
+    assert {line["message"] for line in lines(work, "notify")} == set(state["personalItems"])
+    assert len(state["eodSummary"]) == 5
+    assert [line["kind"] for line in lines(work, "owner")] == ["done"]
+    assert len(told(work)) == len(set(told(work))) == 11
+
+
+def test_what_can_wait_comes_in_one_message_at_the_end_of_the_day(
+    program: Program, tmp_path: Path
+) -> None:
+    given = ["--work", "work", "--reply", "Yes.", "--digest-in", "3"]
+
+    shown = program(TRIAGE, INBOX, *given)
+
+    [digest] = lines(tmp_path / "work", "end_of_day")
+    [flow] = recorded(tmp_path / "work" / "flows.db", "v_flows")
+    items = [item["message"] for item in digest["items"]]
+    assert sorted(items) == sorted(json.loads(flow["state_json"])["eodSummary"])
+    assert "48 hours only: 40 % off everything" in [item["subject"] for item in digest["items"]]
+    assert "to be told at" not in shown
+    assert len(told(tmp_path / "work")) == len(set(told(tmp_path / "work"))) == 16
+
+
+def test_what_a_message_says_is_told_and_not_on_record(program: Program, tmp_path: Path) -> None:
+    program(TRIAGE, INBOX, "--work", "work", "--digest-at", NEVER)
+
+    tables = ("flows", "tasks", "events", "updates", "signals")
+    record = str([recorded(tmp_path / "work" / "flows.db", table) for table in tables])
+    shown = [*lines(tmp_path / "work", "slack"), *lines(tmp_path / "work", "notify")]
+    assert len(shown) == 11
+    for line in shown:
+        assert line["message"] in record
+        assert line["subject"] not in record
+        assert line["sender"] not in record
+
+
+def test_new_mail_is_a_new_flow_and_old_mail_is_not_told_again(
+    program: Program, tmp_path: Path
+) -> None:
+    program(TRIAGE, INBOX, "--work", "work", "--digest-at", NEVER)
     letter = b"From: Ada King <ada@king.example>\nSubject: Saturday?\n\nShall we walk?\n"
     (tmp_path / "letter.eml").write_bytes(letter)
 
-    told = program(EXAMPLES / "inbox_triage.py", INBOX, "letter.eml", "--work", "work")
+    shown = program(TRIAGE, INBOX, "letter.eml", "--work", "work", "--digest-at", NEVER)
 
-    assert re.search(r"\[ 17/17\] personal +Saturday\? +a person wrote to you", told)
-    assert len(posted(tmp_path / "work")) == len(set(posted(tmp_path / "work"))) == 17
+    assert "It waits until" in shown
+    assert re.search(r"\[  1/1\] personal +Saturday\? +a person wrote to you", shown)
+    flows = recorded(tmp_path / "work" / "flows.db", "v_flows")
+    assert sorted(flow["status"] for flow in flows) == ["succeeded", "waiting"]
+    assert len(told(tmp_path / "work")) == len(set(told(tmp_path / "work"))) == 12
 
 
 def test_a_maildir_and_a_folder_of_files_are_mailboxes_too(
@@ -443,9 +547,10 @@ def test_a_maildir_and_a_folder_of_files_are_mailboxes_too(
     maildir.close()
 
     for given in ("folder", "maildir"):
-        told = program(EXAMPLES / "inbox_triage.py", given, "--work", f"work-{given}")
+        shown = program(TRIAGE, given, "--work", given + ".out", "--digest-at", NEVER)
 
-        assert len(posted(tmp_path / f"work-{given}")) == 16, told
+        assert "[ 16/16]" in shown
+        assert len(told(tmp_path / f"{given}.out")) == 11, shown
 
 
 @pytest.mark.parametrize(
@@ -462,44 +567,199 @@ def test_broken_mail_is_triaged_like_any_other(
 ) -> None:
     (tmp_path / "broken.eml").write_bytes(raw)
 
-    told = program(EXAMPLES / "inbox_triage.py", "broken.eml", "--work", "work")
+    shown = program(TRIAGE, "broken.eml", "--work", "work", "--digest-in", "0")
 
-    assert "[  1/1]" in told
-    assert "\x1b" not in told
-    assert len(posted(tmp_path / "work")) == 1
+    assert "[  1/1]" in shown
+    assert "\x1b" not in shown
+    assert len(told(tmp_path / "work")) == 1
 
 
 def test_an_empty_mailbox_is_triaged_at_once(program: Program, tmp_path: Path) -> None:
     (tmp_path / "empty.mbox").touch()
 
-    told = program(EXAMPLES / "inbox_triage.py", "empty.mbox", "--work", "work")
+    shown = program(TRIAGE, "empty.mbox", "--work", "work")
 
-    assert "succeeded at revision 4, step done" in told
+    assert re.search(r"succeeded at revision \d+, step done\n$", shown)
 
 
 def test_a_mailbox_that_is_not_there_is_named(program: Program) -> None:
-    program(EXAMPLES / "inbox_triage.py", "nowhere.mbox", exit_code=2)
+    program(TRIAGE, "nowhere.mbox", exit_code=2)
 
 
-def test_half_a_line_in_an_outbox_is_no_effect(program: Program, tmp_path: Path) -> None:
+def test_half_a_line_in_an_outbox_was_never_told(program: Program, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    (work / "slack.jsonl").write_text('{"key": "0123"}\n{"key": "45')
+    (work / "slack.jsonl").write_text('{"key": "0123", "message": "4567"}\n{"key": "89')
 
-    program(EXAMPLES / "inbox_triage.py", INBOX, "--work", "work")
+    program(TRIAGE, INBOX, "--work", "work", "--digest-at", NEVER)
 
-    assert posted(work).count("0123") == 1
-    assert len(posted(work)) == 17
+    assert len(lines(work, "slack")) == 7
+    assert told(work).count("4567") == 1
 
 
 @pytest.mark.crash
-def test_the_demo_loses_nothing_and_does_nothing_twice(program: Program) -> None:
-    told = program(EXAMPLES / "inbox_triage.py", "--demo", INBOX)
+def test_what_was_told_when_the_process_died_is_sent_again_and_not_told_twice(
+    tmp_path: Path, program: Program
+) -> None:
+    given = [str(INBOX), "--work", "work", "--reply", "Yes.", "--digest-in", "0"]
+    work = tmp_path / "work"
+    command = [sys.executable, "-W", "error", "-c", TELLS_AND_DIES, str(TRIAGE), "4", *given]
 
-    assert "kill -9" in told
-    assert "answer from the record" in told
-    assert re.search(r"[1-8]  were cut off in the middle and started again as attempt 2", told)
-    assert "16 effects for 16 messages: 0 lost · 0 done twice" in told
+    sent_again = 0
+    while True:
+        died = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+        if died.returncode == 0:
+            break
+        assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+        status = {u["idempotency_key"]: u["status"] for u in updates(work)}
+        out = [line["key"] for name in BOXES for line in lines(work, name)]
+        sent_again += sum(status[key] == "pending" for key in out)
+        invariants.check_all(work / "flows.db")
+
+    assert sent_again >= 3
+    assert sorted(told(work)) == sorted(set(told(work)))
+    assert len(told(work)) == 16
+    assert [line["kind"] for line in lines(work, "owner")] == ["done"]
+    delivered = [u["idempotency_key"] for u in updates(work) if u["status"] == "delivered"]
+    assert sorted(delivered) == sorted(line["key"] for name in BOXES for line in lines(work, name))
+
+
+class Terminal:
+    """A program at a terminal of its own, at which this test sits."""
+
+    def __init__(self, work: Path, *command: str | Path, term: str) -> None:
+        self._program = subprocess.Popen(
+            [sys.executable, "-c", AT_A_TERMINAL, sys.executable, *map(str, command)],
+            cwd=work,
+            env={**os.environ, "TERM": term, "PYTHONIOENCODING": "utf-8"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._seen, self._read_to = b"", 0
+
+    @property
+    def shown(self) -> str:
+        """Everything that has been read."""
+        return self._seen.decode(errors="replace")
+
+    def until(self, text: str) -> None:
+        """Read until the program has shown this, after what was waited for before."""
+        assert self._program.stdout is not None
+        while (place := self._seen.find(text.encode(), self._read_to)) < 0:
+            read = os.read(self._program.stdout.fileno(), 65536)
+            assert read, self.shown
+            self._seen += read
+        self._read_to = place + len(text.encode())
+
+    def type(self, keys: bytes) -> None:
+        assert self._program.stdin is not None
+        self._program.stdin.write(keys)
+        self._program.stdin.flush()
+
+    def ended(self) -> int:
+        """Read to the end, and answer the exit code."""
+        rest, _ = self._program.communicate(timeout=60)
+        self._seen += rest
+        return self._program.returncode
+
+    def take_away(self) -> None:
+        """Hang up, if the program has not ended."""
+        self._program.kill()
+        self._program.communicate()
+
+
+@pytest.fixture
+def at_a_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Start a program at a terminal of its own."""
+    terminals: list[Terminal] = []
+
+    def start(*command: str | Path, term: str = "dumb") -> Terminal:
+        terminals.append(Terminal(tmp_path, *command, term=term))
+        return terminals[-1]
+
+    yield start
+    for terminal in terminals:
+        terminal.take_away()
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
+def test_at_a_terminal_the_triage_asks_and_the_line_that_is_typed_is_the_reply(
+    at_a_terminal: Callable[..., Terminal], tmp_path: Path, term: str
+) -> None:
+    given = [INBOX, "--work", "work", "--digest-at", NEVER]
+    terminal = at_a_terminal(TRIAGE, *given, term=term)
+
+    terminal.until(QUESTION)
+    terminal.type("\n  Ja, für alle. \n".encode())
+
+    assert terminal.ended() == 0, terminal.shown
+    [flow] = recorded(tmp_path / "work" / "flows.db", "v_flows")
+    assert flow["status"] == "succeeded"
+    assert json.loads(flow["state_json"])["reply"] == {"text": "Ja, für alle."}
+
+
+@pytest.mark.parametrize(("keys", "exit_code"), [(b"\x03", 1), (b"\x04", 0)], ids=["^C", "^D"])
+def test_who_goes_away_from_the_question_is_asked_again_by_the_next_run(
+    at_a_terminal: Callable[..., Terminal], tmp_path: Path, keys: bytes, exit_code: int
+) -> None:
+    given = [TRIAGE, INBOX, "--work", "work", "--digest-at", NEVER]
+    terminal = at_a_terminal(*given)
+
+    terminal.until(QUESTION)
+    terminal.type(keys)
+
+    assert terminal.ended() == exit_code, terminal.shown
+    assert re.search(r"[Rr]un it again .*to answer", terminal.shown)
+    [flow] = recorded(tmp_path / "work" / "flows.db", "v_flows")
+    assert flow["status"] == "waiting"
+
+    again = at_a_terminal(*given)
+    again.until(QUESTION)
+    again.type(b"Now, yes.\n")
+
+    assert again.ended() == 0, again.shown
+    [flow] = recorded(tmp_path / "work" / "flows.db", "v_flows")
+    assert json.loads(flow["state_json"])["reply"] == {"text": "Now, yes."}
+    assert len(lines(tmp_path / "work", "slack")) == 6
+
+
+@pytest.mark.crash
+def test_the_demo_loses_nothing_and_does_nothing_twice(
+    at_a_terminal: Callable[..., Terminal],
+) -> None:
+    terminal = at_a_terminal(TRIAGE, "--demo", INBOX)
+
+    terminal.until("No process is there")
+    terminal.until(QUESTION)
+    terminal.type(b"Yes to the licences.\n")
+
+    assert terminal.ended() == 0, terminal.shown
+    assert len(re.findall(r"kill -9 \d+", terminal.shown)) == 2
+    assert "16 of 16 answer from the record" in terminal.shown
+    facts = dict(
+        reversed(fact) for fact in re.findall(r"^ +(\d+)  (.+?)\r?$", terminal.shown, re.M)
+    )
+    assert 1 <= int(facts["were cut off in the middle and started again as attempt 2"]) <= 8
+    assert facts["business messages, posted to Slack"] == "6"
+    assert facts["personal messages, told at once"] == "5"
+    assert facts["for later, in 1 message at the end of the day"] == "5"
+    assert facts["question outlived its process, and was answered in the next one:"] == "1"
+    assert facts["message that the flow is done"] == "1"
+    assert "{'text': 'Yes to the licences.'}" in terminal.shown
+    assert "16 effects for 16 messages: 0 lost · 0 done twice" in terminal.shown
+
+
+@pytest.mark.crash
+def test_the_demo_answers_for_itself_where_nobody_can(program: Program, tmp_path: Path) -> None:
+    letters = tmp_path / "letters"
+    letters.mkdir()
+    (letters / "1.eml").write_bytes(b"From: Ada King <a@k.example>\nSubject: Our contract\n\n.\n")
+    (letters / "2.eml").write_bytes(b"From: Ada King <a@k.example>\nSubject: Dinner?\n\n.\n")
+
+    shown = program(TRIAGE, "--demo", letters)
+
+    assert "{'text': 'Yes to all of it, on Thursday.'}" in shown
+    assert "2 effects for 2 messages: 0 lost · 0 done twice" in shown
 
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))

@@ -329,13 +329,15 @@ def test_the_runtime_is_opened_with_a_store_and_keywords() -> None:
     assert [
         (name, p.default)
         for name, p in parameters.items()
-        if p.kind is p.KEYWORD_ONLY and name != "limits"
+        if p.kind is p.KEYWORD_ONLY and name not in ("limits", "deliveries")
     ] == [
         ("registry", None),
         ("durability", "full"),
         ("clock", None),
         ("ids", None),
         ("takeover", False),
+        ("notifier", None),
+        ("digest_time", None),
     ]
     assert parameters["limits"].kind is inspect.Parameter.KEYWORD_ONLY
 

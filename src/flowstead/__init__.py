@@ -3,6 +3,7 @@
 from msgspec import UNSET
 
 from flowstead.controller import FlowContext
+from flowstead.decision import Ballot, Decision, Message
 from flowstead.errors import (
     CancelPending,
     ChildCancelled,
@@ -21,6 +22,8 @@ from flowstead.errors import (
     LimitReached,
     MailboxFull,
     NeedsReview,
+    NotApproved,
+    NotAwaited,
     OutcomeUnknown,
     RefusedError,
     RevisionConflict,
@@ -37,6 +40,7 @@ from flowstead.errors import (
     Unavailable,
 )
 from flowstead.executors import Command, Process, SyncContext, TaskInfo
+from flowstead.flow_waits import WaitStep
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow
 from flowstead.model.limits import Limits
@@ -50,17 +54,32 @@ from flowstead.model.task import (
     TaskSummary,
     TimedOut,
 )
+from flowstead.model.update import Update
 from flowstead.nested import Nested
+from flowstead.notifiers import (
+    CallableNotifier,
+    LogNotifier,
+    Notifier,
+    RoutedNotifier,
+    WebhookNotifier,
+    WebhookRefused,
+    verify_webhook,
+)
 from flowstead.registry import Registry
 from flowstead.results import (
     Applied,
     CancelReport,
     Created,
+    OpenApproval,
+    OpenWait,
     Refused,
     Rejected,
+    SignalReport,
     TaskCancelReport,
     TaskRetryReport,
+    VoteReport,
 )
+from flowstead.rules.digests import DigestTime
 from flowstead.runtime import Runtime, open_runtime
 from flowstead.session import SessionFlows
 from flowstead.settlement import Settlement
@@ -70,6 +89,8 @@ from flowstead.task_context import TaskContext
 __all__ = [
     "UNSET",
     "Applied",
+    "Ballot",
+    "CallableNotifier",
     "CancelPending",
     "CancelReport",
     "Cancelled",
@@ -82,6 +103,8 @@ __all__ = [
     "Command",
     "CommitFailed",
     "Created",
+    "Decision",
+    "DigestTime",
     "Event",
     "Failed",
     "Fatal",
@@ -95,10 +118,17 @@ __all__ = [
     "InvalidState",
     "LimitReached",
     "Limits",
+    "LogNotifier",
     "Lost",
     "MailboxFull",
+    "Message",
     "NeedsReview",
     "Nested",
+    "NotApproved",
+    "NotAwaited",
+    "Notifier",
+    "OpenApproval",
+    "OpenWait",
     "OutcomeUnknown",
     "Process",
     "Refused",
@@ -107,10 +137,12 @@ __all__ = [
     "Rejected",
     "Retry",
     "RevisionConflict",
+    "RoutedNotifier",
     "Runtime",
     "RuntimeClosed",
     "SessionFlows",
     "Settlement",
+    "SignalReport",
     "SnapshotUnreadable",
     "StateTooLarge",
     "Step",
@@ -131,5 +163,11 @@ __all__ = [
     "TimedOut",
     "Transient",
     "Unavailable",
+    "Update",
+    "VoteReport",
+    "WaitStep",
+    "WebhookNotifier",
+    "WebhookRefused",
     "open_runtime",
+    "verify_webhook",
 ]

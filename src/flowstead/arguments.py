@@ -5,11 +5,13 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
+from math import isfinite
 from typing import Final, TypeVar
 
 from msgspec import UNSET, UnsetType
 
 from flowstead.model.retry import Retry
+from flowstead.model.wait import RESERVED
 from flowstead.rules.user_json import is_encodable
 
 E = TypeVar("E", bound=StrEnum)
@@ -198,6 +200,42 @@ def choices(value: object, kind: type[E], name: str) -> tuple[E, ...]:
     if not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a string or several, not {_kind(value)}.")
     return tuple(choice(word, kind, name) for word in value)
+
+
+def wait_fields(fields: Mapping[str, object]) -> dict[str, object] | None:
+    """What a signal must name, or None for nothing: plain values, because they are compared as a whole."""
+    for name, value in fields.items():
+        if not isinstance(name, str) or not is_encodable(name):
+            raise TypeError(f"a wait's field must be named by a string, not {_kind(name)}.")
+        if name in RESERVED:
+            raise ValueError(
+                f"{name!r} says how to wait, not for what; it cannot be part of a key."
+            )
+        if not isinstance(value, (str, int, float)):
+            raise TypeError(f"{name} must be a string, a number or a boolean, not {_kind(value)}.")
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{name} must be finite.")
+        if isinstance(value, str) and not is_encodable(value):
+            raise ValueError(f"{name} holds a lone surrogate, which cannot be stored.")
+    return dict(fields) or None
+
+
+def names(value: object, name: str) -> tuple[str, ...]:
+    """Several names, none of them blank."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be several strings, not {_kind(value)}.")
+    return tuple(text(each, name) for each in value)
+
+
+def reminders(value: object, deadline: int | None, now: int) -> tuple[int, ...]:
+    """Seconds before a deadline as instants, epoch ms, in order; those already past are left out."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"remind must be several numbers of seconds, not {_kind(value)}.")
+    before = [duration(each, "remind") for each in value]
+    if before and deadline is None:
+        raise ValueError("remind counts back from a deadline; give one.")
+    instants = {(deadline or 0) - round(seconds * 1000) for seconds in before}
+    return tuple(sorted(at for at in instants if at > now))
 
 
 def mapping_or_none(value: object, name: str) -> Mapping[str, object] | None:

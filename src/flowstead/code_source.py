@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Container
 from typing import Any
@@ -12,6 +13,7 @@ from msgspec import UNSET
 from flowstead.controller import FlowContext
 from flowstead.engine.child_scope import ChildScope
 from flowstead.engine.engine import Engine
+from flowstead.engine.parked import Parked
 from flowstead.engine.supervisor import Work
 from flowstead.executors import Call, Executor, Executors
 from flowstead.functions import Functions
@@ -20,6 +22,7 @@ from flowstead.model.limits import Limits
 from flowstead.model.task import CODE, StoredTask
 from flowstead.nested import NESTED, Census, NestedRunner
 from flowstead.registry import Registry, TaskDefinition
+from flowstead.rules.digests import DigestTime
 from flowstead.store import codec
 from flowstead.task_context import TaskContext
 
@@ -27,7 +30,11 @@ from flowstead.task_context import TaskContext
 class CodeSource:
     """The code of one runtime's children and controllers. The engine's only way to it."""
 
-    def __init__(self, registry: Registry, limits: Limits) -> None:
+    def __init__(
+        self, registry: Registry, limits: Limits, digest_time: DigestTime | None = None
+    ) -> None:
+        self._contexts: dict[FlowKey, FlowContext] = {}
+        self._digest_time = digest_time or DigestTime()
         self._all_executors = Executors(
             registry.executors.values(), threads=limits.threads, processes=limits.processes
         )
@@ -85,8 +92,28 @@ class CodeSource:
     async def drive(self, key: FlowKey, controller_id: str, doc: bytes) -> None:
         """Run a flow's controller from the top."""
         assert self._engine is not None
-        flow = FlowContext(self._engine, self.functions, key, doc)
-        await self._registry.controllers[controller_id](flow)
+        flow = self._contexts[key] = FlowContext(
+            self._engine, self.functions, key, doc, digest_time=self._digest_time
+        )
+        try:
+            await self._registry.controllers[controller_id](flow)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            if flow.is_parked:
+                raise Parked from error
+            raise
+        finally:
+            if self._contexts.get(key) is flow:
+                del self._contexts[key]
+        if flow.is_parked:
+            # It took the signal for its own, and went on to its end.
+            raise Parked
+
+    def park(self, key: FlowKey) -> None:
+        """End the flow's controller where it waits."""
+        if (flow := self._contexts.get(key)) is not None:
+            flow.park()
 
 
 class _Names:

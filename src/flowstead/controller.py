@@ -17,8 +17,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from flowstead import arguments
+from flowstead.decision import Decision
 from flowstead.engine.engine import Engine
 from flowstead.engine.mailbox import Reply
+from flowstead.flow_waits import FlowWaits
 from flowstead.functions import Functions, Policy, Runnable
 from flowstead.model.code import Code
 from flowstead.model.command import (
@@ -37,15 +39,17 @@ from flowstead.model.task import (
 )
 from flowstead.registry import TaskDefinition
 from flowstead.results import raise_refusal
+from flowstead.rules.digests import DigestTime
+from flowstead.standing import Standing
 from flowstead.step import Completed, Step, first, result_of
-from flowstead.steps import CONTROLLER, Steps
+from flowstead.steps import Steps
 from flowstead.store import codec
 
 if TYPE_CHECKING:
     from flowstead.task_context import TaskContext
 
 
-class FlowContext:
+class FlowContext(FlowWaits):
     """What a controller works with: its flow, carried forward, and the steps it can take.
 
     Every method raises what stopped it (`errors.RefusedError` and its kin) rather than answering with it.
@@ -53,11 +57,19 @@ class FlowContext:
     exception pass ends the flow as cancelled.
     """
 
-    def __init__(self, engine: Engine, functions: Functions, key: FlowKey, doc: bytes) -> None:
-        self._engine = engine
-        self._key = key
+    def __init__(
+        self,
+        engine: Engine,
+        functions: Functions,
+        key: FlowKey,
+        doc: bytes,
+        *,
+        digest_time: DigestTime,
+    ) -> None:
         self._know(doc)
         self._steps = Steps(engine, functions, key)
+        self._standing = Standing(self._steps)
+        self._digest_time = digest_time
         self._asked: asyncio.Future[Reply] | None = None
 
     def _know(self, doc: bytes) -> None:
@@ -86,6 +98,15 @@ class FlowContext:
     def current_step(self) -> str | None:
         return self._flow.current_step
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether this run of the controller is over: the flow waits without it."""
+        return self._steps.is_parked
+
+    def park(self) -> None:
+        """End the controller where it waits; the runtime's own affair."""
+        self._standing.park()
+
     # ---- steps ------------------------------------------------------------------------------------
 
     async def run(
@@ -99,6 +120,7 @@ class FlowContext:
         queue_timeout: float | None = None,
         retry: Retry | None = None,
         idempotent: bool | None = None,
+        approval: Decision | None = None,
         fallback: Sequence[Runnable] = (),
     ) -> Json:
         """Run one child and return its result; answer from the record if it has run before.
@@ -113,12 +135,16 @@ class FlowContext:
                 the child may wait for its first start, instead of the task's own.
             retry: How failures are tried again, instead of the task's own.
             idempotent: False for what must not be done twice, instead of what the task says.
+            approval: The decision of `approve` that this step needs, and uses up: nothing is done unless the input
+                is exactly what was approved, nobody else has used it, it has not expired, and nobody has changed
+                the flow from outside since it was asked for.
             fallback: What to run with the same input instead, one after another, once the one before has failed,
                 timed out or got lost for good; each under its own policy, as the step `name/fallback-1` and so
                 on. A child that somebody cancelled is not replaced.
 
         Raises:
             ChildError: The child, and every fallback, ended without a result; this is the last of them.
+            NotApproved: The approval does not allow this. Nothing was begun.
             CancelPending: A cancel is requested, and the step has not begun.
 
         Cancelling the wait leaves the child running; it ends with the flow at the latest.
@@ -137,7 +163,8 @@ class FlowContext:
         step = self._steps.name(name, definitions[0].name)
         for place, definition in enumerate(definitions):
             named = f"{step}/fallback-{place}" if place else step
-            drafts = [self._steps.draft(definition, named, input)]
+            needed = None if approval is None else approval.grant
+            drafts = [self._steps.draft(definition, named, input, approval=needed)]
             [task] = await self._steps.ended(drafts, definition)
             if isinstance(outcome_of(task), Succeeded | Cancelled):
                 break
@@ -154,12 +181,14 @@ class FlowContext:
         queue_timeout: float | None = None,
         retry: Retry | None = None,
         idempotent: bool | None = None,
+        approval: Decision | None = None,
     ) -> Step:
         """Begin one child and go on beside it; the same step again is the same child.
 
         The child is on record when this returns. Arguments as for `run`.
 
         Raises:
+            NotApproved: The approval does not allow this. Nothing was begun.
             CancelPending: A cancel is requested, and the step has not begun.
 
         Cancelling the caller after acceptance leaves the child running; it ends with the flow at the latest.
@@ -173,7 +202,8 @@ class FlowContext:
         )
         definition = self._steps.define(function, policy)
         named = self._steps.name(name, definition.name)
-        drafts = [self._steps.draft(definition, named, input)]
+        needed = None if approval is None else approval.grant
+        drafts = [self._steps.draft(definition, named, input, approval=needed)]
         [begun] = await self._steps.begin(drafts, definition)
         return Step(self._steps, named, begun)
 
@@ -296,7 +326,9 @@ class FlowContext:
             RevisionConflict: Somebody else has changed the flow. Nothing was written.
         """
         patch = self._patch(current_step, state_json)
-        await self._mutate(lambda revision: Update(expected_revision=revision, patch=patch))
+        await self._mutate(
+            lambda revision: Update(expected_revision=revision, patch=patch, by_controller=True)
+        )
 
     async def finish(
         self, *, current_step: str | UnsetType | None = UNSET, state_json: Json | UnsetType = UNSET
@@ -338,9 +370,7 @@ class FlowContext:
     async def _mutate(self, command: Callable[[int], Command]) -> None:
         while True:
             await self._hear()
-            reply = await self._engine.ask_patiently(
-                self._key, command(self._flow.revision), CONTROLLER, posted=self._note
-            )
+            reply = await self._steps.ask(command(self._flow.revision), self._note)
             self._asked = None
             if reply.refusal is None:
                 assert reply.doc is not None
@@ -381,10 +411,13 @@ class FlowContext:
 def _differ_by_standing_only(mine: bytes, current: bytes) -> bool:
     """Whether all that has happened to the flow is what the runtime or its owner do to any flow.
 
-    It was asked to cancel, or blocked by a child a person had to look at, and let go on. What the controller
-    itself has written stands.
+    It was asked to cancel, or blocked by a child a person had to look at, or it waited, and let go on. What the
+    controller itself has written stands.
     """
     known, now = codec.read_flow(mine), codec.read_flow(current)
+    before, after = codec.read_stored_flow(mine), codec.read_stored_flow(current)
+    if after.wait is not None or after.content_revision != before.content_revision:
+        return False  # somebody else has written, if only to set a wait
     return now == msgspec.structs.replace(
         known,
         revision=now.revision,
@@ -392,6 +425,8 @@ def _differ_by_standing_only(mine: bytes, current: bytes) -> bool:
         blocked_task_id=now.blocked_task_id,
         blocked_summary=now.blocked_summary,
         updated_at=now.updated_at,
+        wait_json=now.wait_json,
+        answer_json=now.answer_json,
         cancel_requested_at=now.cancel_requested_at,
         cancel_started_at=now.cancel_started_at,
     )

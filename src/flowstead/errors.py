@@ -3,7 +3,8 @@
     FlowError
     ├── RefusedError      nothing changed        FlowNotFound FlowExists FlowNotManaged RevisionConflict
     │                                            IllegalTransition CancelPending InvalidState StateTooLarge
-    │                                            TaskNotLinked TaskNotRetryable LimitReached
+    │                                            TaskNotLinked TaskNotRetryable LimitReached NotApproved
+    │                                            NotAwaited
     ├── Unavailable       safe to retry          MailboxFull RuntimeClosed
     ├── StoreError        reloaded from disk     CommitFailed (WriteConflict) OutcomeUnknown SnapshotUnreadable
     │                                            StoreInUse StoreUnusable
@@ -79,6 +80,14 @@ class LimitReached(RefusedError):
 
 class TaskNotRetryable(RefusedError):
     """There is nothing to retry: it runs, it has succeeded, or somebody else runs it."""
+
+
+class NotApproved(RefusedError):
+    """The approval does not allow this: it is about something else, used up, void, or was never given."""
+
+
+class NotAwaited(RefusedError):
+    """Nobody waits for the answer, or it is not of the shape that was asked for."""
 
 
 class TaskNotLinked(RefusedError):

@@ -7,8 +7,11 @@ from typing import Any, Final, Literal, NoReturn
 import msgspec
 
 from flowstead import errors
+from flowstead.decision import Ballot
+from flowstead.model.approval import Verdict
 from flowstead.model.code import Code, Refusal
-from flowstead.model.flow import Flow
+from flowstead.model.flow import Flow, Json
+from flowstead.model.signal import SignalCode
 from flowstead.model.task import Task
 from flowstead.settlement import Settlement
 
@@ -26,6 +29,10 @@ _ERRORS: Final[dict[Code, Any]] = {
     Code.NOT_LINKED: errors.TaskNotLinked,
     Code.NOT_RETRYABLE: errors.TaskNotRetryable,
     Code.LIMIT_REACHED: errors.LimitReached,
+    Code.NOT_APPROVED: errors.NotApproved,
+    Code.UNAWAITED: errors.NotAwaited,
+    Code.LATE: errors.NotAwaited,
+    Code.WRONG_SHAPE: errors.NotAwaited,
     Code.ABANDONED: errors.CancelPending,
     Code.OVERLOADED: errors.MailboxFull,
     Code.PERSIST_FAILED: errors.CommitFailed,
@@ -165,3 +172,58 @@ class TaskCancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"
     cancelled: bool
     reason: str | None = None
     task: Task | None = None
+
+
+class SignalReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What became of a signal. `matched` counts the flows it has woken, named in `flow_ids`.
+
+    `code` is `matched`; `kept`, where it came early and is kept until `expires_at`; or why it woke nobody: `late`,
+    `duplicate`, `unawaited`, `wrong_shape`, `not_found`. `reason` says the same for people.
+    """
+
+    matched: int
+    kept: bool
+    code: SignalCode
+    reason: str
+    flow_ids: list[str] = []
+    expires_at: int | None = None
+
+
+class VoteReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What became of a vote. `verdict` is how the approval came out, once it has."""
+
+    counted: bool
+    kept: bool = False
+    verdict: Verdict | None = None
+    reason: str | None = None
+
+
+class OpenApproval(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What is to be decided, by whom, and what has been said so far. A vote must name the `digest`."""
+
+    items: Json
+    digest: str
+    quorum: int
+    roles: list[str] = []
+    approvers: list[str] = []
+    votes: list[Ballot] = []
+
+
+class OpenWait(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Something that a flow waits for, with all that is needed to answer it.
+
+    `name` is the step, None for a wait of the flow itself. `token` answers it without knowing the flow: whoever has
+    it may. `approval` is what is to be decided, `schema` what the answer must fit.
+    """
+
+    flow_id: str
+    task_id: str | None = None
+    name: str | None = None
+    kind: str
+    key: dict[str, Json] = {}
+    token: str | None = None
+    prompt: str | None = None
+    schema: Json = None
+    deadline_at: int | None = None
+    opened_at: int | None = None
+    approval: OpenApproval | None = None

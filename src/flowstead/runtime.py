@@ -12,21 +12,25 @@ from types import TracebackType
 from typing import Any
 
 import anyio
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from flowstead import arguments
 from flowstead.admin import Admin
+from flowstead.answering import answer_token, encoded_or_raise, vote_by_token, vote_of
 from flowstead.code_source import CodeSource
 from flowstead.core import Core
 from flowstead.engine.clock import Clock, Ids, SystemClock, SystemIds
-from flowstead.engine.engine import Engine, Statistics
+from flowstead.engine.engine import DELIVERIES, Engine, Statistics
 from flowstead.errors import RuntimeClosed
 from flowstead.model.code import Code
 from flowstead.model.command import Defect
 from flowstead.model.flow import Json
 from flowstead.model.limits import Limits
+from flowstead.model.retry import Retry
+from flowstead.notifiers.port import Notifier
 from flowstead.registry import Registry
-from flowstead.results import error_for
+from flowstead.results import SignalReport, VoteReport, error_for
+from flowstead.rules.digests import DigestTime
 from flowstead.rules.user_json import encode_json
 from flowstead.session import SessionFlows
 from flowstead.store.memory import MemoryStore
@@ -43,6 +47,9 @@ def open_runtime(
     ids: Ids | None = None,
     limits: Limits | None = None,
     takeover: bool = False,
+    notifier: Notifier | None = None,
+    deliveries: Retry = DELIVERIES,
+    digest_time: DigestTime | None = None,
 ) -> Runtime:
     """A runtime on a store: `async with open_runtime("flows.db") as runtime`.
 
@@ -57,6 +64,9 @@ def open_runtime(
         clock, ids: Where time and names come from; the system's unless given.
         limits: Bounds and grace periods.
         takeover: Take the store from a runtime that is frozen; it will not be able to write any more.
+        notifier: Who takes updates to the owners of flows. Without one none are written.
+        deliveries: How often, and how far apart, an update is offered to the notifier before it is given up.
+        digest_time: When what was put by for a digest goes out; 18:00 UTC unless given.
 
     Raises:
         StoreInUse: On entering: another runtime owns the store; the message says which.
@@ -69,6 +79,9 @@ def open_runtime(
         ids=ids or SystemIds(),
         limits=limits or Limits(),
         takeover=takeover,
+        notifier=notifier,
+        deliveries=deliveries,
+        digest_time=digest_time or DigestTime(),
     )
 
 
@@ -146,13 +159,16 @@ class Runtime:
         ids: Ids,
         limits: Limits,
         takeover: bool,
+        notifier: Notifier | None = None,
+        deliveries: Retry = DELIVERIES,
+        digest_time: DigestTime,
     ) -> None:
         self._core: Core | None = None
         self._closing: asyncio.Task[None] | None = None
         self._is_spent = False
         self._name = store.name
         self._takeover = takeover
-        self._code = CodeSource(registry, limits)
+        self._code = CodeSource(registry, limits, digest_time)
         self._engine = Engine(
             store,
             clock=clock,
@@ -164,6 +180,8 @@ class Runtime:
             most_of=registry.concurrency_of,
             # Where time is not the system's, what holds up the loop does not take any.
             watch_loop=isinstance(clock, SystemClock),
+            send=None if notifier is None else notifier.send,
+            deliveries=deliveries,
         )
         self._code.attach(self._engine)
         self._opened_at = _caller()
@@ -188,6 +206,39 @@ class Runtime:
     def admin(self) -> Admin:
         """The operator's face: every owner's flows."""
         return Admin(self.core)
+
+    async def answer(
+        self, token: str, payload: Json = None, *, id: str | None = None
+    ) -> SignalReport:
+        """Answer the wait that a token stands for, without knowing its flow or owner: whoever has the token may.
+
+        For webhooks and links in mail. A token answers once; one with an `id` may be sent again, and is told so.
+        Cancelling the caller does not take the answer back.
+
+        Raises:
+            InvalidState, StateTooLarge, MailboxFull, CommitFailed, OutcomeUnknown: As for `flows.signal`.
+        """
+        encoded = encoded_or_raise(self.core, payload, "payload")
+        signal_id = None if id is None else arguments.identifier(id, "id")
+        return await answer_token(self.core, token, encoded, signal_id)
+
+    async def vote(
+        self,
+        token: str,
+        decision: str,
+        *,
+        approver: str,
+        digest: str,
+        role: str | None = None,
+        items: Json | UnsetType = UNSET,
+        comment: str | None = None,
+    ) -> VoteReport:
+        """Vote on the approval that a token stands for. Arguments as for `flows.vote`.
+
+        Cancelling the caller does not take the vote back.
+        """
+        vote = vote_of(self.core, decision, approver, digest, role, items, comment)
+        return await vote_by_token(self.core, token, vote)
 
     def statistics(self) -> Statistics:
         """What the runtime is doing, without waiting."""

@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from flowstead import arguments
 from flowstead.engine.mailbox import Reply
-from flowstead.model.code import NOT_FOUND
+from flowstead.model.code import NOT_FOUND, Code
 from flowstead.model.command import (
     Command,
     Create,
@@ -33,11 +33,14 @@ from flowstead.model.flow import (
     StoredFlow,
     SyncMode,
 )
-from flowstead.results import Applied, Rejected, raise_refusal
+from flowstead.own_wait import own_wait
+from flowstead.results import Applied, Rejected, error_for, raise_refusal
+from flowstead.rules.wait_keys import token_digest_of
 from flowstead.session_tasks import SessionTasks, flow_in, present
 from flowstead.store import codec
 
 _CREATABLE: Final = tuple(status for status in FlowStatus if status in LIVE_FLOW_STATUSES)
+_STANDING: Final = frozenset({FlowStatus.WAITING, FlowStatus.BLOCKED})
 _RESUMABLE: Final = (FlowStatus.QUEUED, FlowStatus.RUNNING)
 
 
@@ -105,6 +108,10 @@ class SessionFlows(SessionTasks):
             controller_id, "controller_id", missing="Managed flow controllerId is required."
         )
         given = None if flow_id is None else arguments.identifier(flow_id, "flow_id")
+        standing = arguments.choice(status, FlowStatus, "status", _CREATABLE)
+        wait = own_wait(engine, self._session_key, wait_json) if standing in _STANDING else None
+        if isinstance(wait, Defect):
+            raise error_for(Code(wait.code), wait.reason)
         draft = StoredFlow(
             key=engine.store.next_key(),
             flow_id=given or engine.ids.flow_id(controller, now),
@@ -114,13 +121,16 @@ class SessionFlows(SessionTasks):
             controller_id=controller,
             correlation_id=arguments.optional_text(correlation_id, "correlation_id"),
             revision=0,
-            status=arguments.choice(status, FlowStatus, "status", _CREATABLE),
+            status=standing,
             notify_policy=arguments.choice(notify_policy, NotifyPolicy, "notify_policy"),
             goal=arguments.text(goal, "goal", missing="Managed flow goal is required."),
             current_step=arguments.optional_text(current_step, "current_step"),
             state_json=self._usable(self._encode(state_json, "state_json")),
             state_version=arguments.count(state_version, "state_version"),
             wait_json=self._usable(self._encode_wait(wait_json)),
+            wait=wait,
+            wait_key=None if wait is None else wait.wait_key,
+            wait_token=token_digest_of(wait),
             idempotency_key=arguments.optional_text(idempotency_key, "idempotency_key"),
             created_at=now,
             updated_at=now,
@@ -160,13 +170,20 @@ class SessionFlows(SessionTasks):
             flow_id: The flow.
             expected_revision: The revision you last saw.
             current_step, state_json: Set if given, cleared by None.
-            wait_json: What is awaited (`kind`, `channel`, `threadKey`, …).
+            wait_json: What is awaited. Its plain fields (`kind`, `channel`, `threadKey`, …) are what `signal` must
+                name; `deadlineAt` or `wakeAt` (epoch ms), `onTimeout` (`fail`, `resume`, `block`), `remindAt`,
+                `prompt` and `schema` say how to wait.
             blocked_task_id, blocked_summary: Who or what needs attention, and why, for people.
         """
+        encoded = self._encoded_or_null(wait_json)
+        wait = None
+        if not isinstance(encoded, Defect):
+            wait = own_wait(self._core.enter(), self._session_key, wait_json)
         command = SetWaiting(
             expected_revision=arguments.revision(expected_revision),
             patch=self._patch(current_step, state_json),
-            wait_json=self._encoded_or_null(wait_json),
+            wait_json=wait if isinstance(wait, Defect) else encoded,
+            wait=None if isinstance(wait, Defect) else wait,
             blocked_task_id=arguments.optional_text(blocked_task_id, "blocked_task_id"),
             blocked_summary=arguments.optional_text(blocked_summary, "blocked_summary"),
         )

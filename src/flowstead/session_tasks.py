@@ -58,9 +58,9 @@ from flowstead.model.task import (
 from flowstead.registry import TaskDefinition
 from flowstead.results import Created, Refused, error_for, raise_refusal
 from flowstead.rules.user_json import encode_json
+from flowstead.session_signals import SessionSignals
 from flowstead.store import codec
 from flowstead.store.port import Scope
-from flowstead.verbs import ScopedVerbs
 
 log = get_logger(__name__)
 
@@ -81,7 +81,7 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
     launch: Launch | None = None
 
 
-class SessionTasks(ScopedVerbs):
+class SessionTasks(SessionSignals):
     """The children of one session's flows."""
 
     def __init__(

@@ -23,7 +23,7 @@ from flowstead.model.task import (
     outcome_of,
 )
 from flowstead.results import raise_refusal
-from flowstead.steps import CONTROLLER, Begun, Steps
+from flowstead.steps import Begun, Steps
 from flowstead.store import codec
 from flowstead.store.port import Scope
 
@@ -79,10 +79,7 @@ class Step:
 
         Cancelling the caller after acceptance does not take it back.
         """
-        steps = self._steps
-        reply = await steps.engine.ask_patiently(
-            steps.key, CancelTask(task_id=self.task_id), CONTROLLER
-        )
+        reply = await self._steps.ask(CancelTask(task_id=self.task_id))
         if reply.refusal is not None and reply.refusal.code is not Code.NOT_FOUND:
             raise_refusal(reply.refusal)
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from flowstead import arguments
 from flowstead.engine.engine import Engine
 from flowstead.engine.mailbox import Reply
+from flowstead.engine.parked import Parked
 from flowstead.functions import Functions, Policy, Runnable
 from flowstead.model.code import Code
-from flowstead.model.command import AddTasks, Defect, Encoded, TaskDraft
+from flowstead.model.command import AddTasks, Command, Defect, Encoded, TaskDraft
 from flowstead.model.flow import FlowKey, Json
 from flowstead.model.task import LAUNCHED_RUNTIME, Task, is_active
+from flowstead.model.wait import Wait
 from flowstead.registry import TaskDefinition
 from flowstead.results import error_for, raise_refusal
 from flowstead.rules.user_json import encode_json
@@ -33,10 +35,14 @@ _CHUNK: Final = 256
 
 
 class Begun(NamedTuple):
-    """The child of a step, and the future of its end; none if it had ended before it was asked for."""
+    """The child of a step, and the future of its end; none if it had ended before it was asked for.
+
+    `wait` is what the child waits for, while it does.
+    """
 
     task_id: str
     end: asyncio.Future[bytes] | None
+    wait: Wait | None = None
 
 
 class Steps:
@@ -47,6 +53,18 @@ class Steps:
         self.key = key
         self._functions = functions
         self._named: Counter[str] = Counter()
+        self.is_parked = False
+        """Whether the controller has been ended where it waited: it may tidy up, and no more."""
+
+    async def ask(
+        self,
+        command: Command,
+        posted: Callable[[asyncio.Future[Reply]], object] = lambda _: None,
+    ) -> Reply:
+        """Ask the flow for something, patiently."""
+        if self.is_parked:
+            raise Parked
+        return await self.engine.ask_patiently(self.key, command, CONTROLLER, posted=posted)
 
     # ---- making them ------------------------------------------------------------------------------
 
@@ -70,15 +88,14 @@ class Steps:
         *,
         group: str | None = None,
         limit: int | None = None,
+        approval: str | None = None,
     ) -> TaskDraft:
         """A step as a child to be.
 
         Raises:
             InvalidState, StateTooLarge: The input is nothing JSON can hold, or too much of it.
         """
-        encoded = self.encode(input, "input")
-        if isinstance(encoded, Defect):
-            raise error_for(Code(encoded.code), encoded.reason)
+        encoded = UNSET if input is UNSET else self.encode_or_raise(input, "input")
         launch = self._functions.launch(
             definition, group=None if limit is None else group, limit=limit
         )
@@ -94,7 +111,31 @@ class Steps:
             queue_timeout=definition.queue_timeout,
             child_flow_id=self._functions.child_flow_id(definition, self.engine),
             launch=launch,
+            approval=approval,
         )
+
+    def plain_draft(self, kind: str, step: str, **fields: Any) -> TaskDraft:
+        """A step that runs nothing, as a child to be."""
+        return TaskDraft(
+            key=self.engine.store.next_key(),
+            task_id=self.engine.ids.task_id(),
+            runtime=kind,
+            task=step,
+            run_id=step,
+            **fields,
+        )
+
+    def encode_or_raise(self, value: Json, name: str) -> Raw:
+        """User JSON as stored.
+
+        Raises:
+            InvalidState, StateTooLarge: It is nothing JSON can hold, or too much of it.
+        """
+        encoded = self.encode(value, name)
+        if isinstance(encoded, Defect):
+            raise error_for(Code(encoded.code), encoded.reason)
+        assert encoded is not UNSET
+        return encoded
 
     # ---- taking them ------------------------------------------------------------------------------
 
@@ -103,13 +144,15 @@ class Steps:
         begun: list[Begun] = []
         for start in range(0, len(drafts), _CHUNK):
             begun.extend(await self.begin(drafts[start : start + _CHUNK], definition))
-        recorded = await self.recorded([task_id for task_id, end in begun if end is None])
+        recorded = await self.recorded([task_id for task_id, end, _ in begun if end is None])
         return [
             recorded[task_id] if end is None else codec.read_task(await end)
-            for task_id, end in begun
+            for task_id, end, _ in begun
         ]
 
-    async def begin(self, drafts: Sequence[TaskDraft], definition: TaskDefinition) -> list[Begun]:
+    async def begin(
+        self, drafts: Sequence[TaskDraft], definition: TaskDefinition | None = None
+    ) -> list[Begun]:
         """Add the children of steps that are new, and answer the child of each.
 
         Raises:
@@ -117,12 +160,14 @@ class Steps:
         """
         engine = self.engine
         waiting = {draft.task_id: engine.task_ends.register(draft.task_id) for draft in drafts}
-        bound = [draft for draft in drafts if self._functions.bind(self.key, draft, definition)]
+        bound = [
+            draft
+            for draft in drafts
+            if definition is not None and self._functions.bind(self.key, draft, definition)
+        ]
         asked: list[asyncio.Future[Reply]] = []
         try:
-            reply = await engine.ask_patiently(
-                self.key, AddTasks(drafts=tuple(drafts)), CONTROLLER, posted=asked.append
-            )
+            reply = await self.ask(AddTasks(drafts=tuple(drafts)), asked.append)
         except BaseException:
             self._forget(waiting, ())
             if asked:
@@ -140,10 +185,10 @@ class Steps:
                 begun.append(Begun(child, None))
                 self._forget({draft.task_id: waiting[draft.task_id]}, [draft])
             elif child.task_id in waiting:
-                begun.append(Begun(child.task_id, waiting[child.task_id]))
+                begun.append(Begun(child.task_id, waiting[child.task_id], child.wait))
             else:
                 waiting[draft.task_id].cancel()
-                begun.append(Begun(child.task_id, await self._join(child.task_id)))
+                begun.append(Begun(child.task_id, await self.join(child.task_id), child.wait))
         return begun
 
     def _abandon(
@@ -160,7 +205,7 @@ class Steps:
             if isinstance(child, str):
                 self._forget({}, [draft])
 
-    async def _join(self, task_id: str) -> asyncio.Future[bytes] | None:
+    async def join(self, task_id: str) -> asyncio.Future[bytes] | None:
         """The end of a step that is under way already, begun by an earlier run of this controller."""
         end = self.engine.task_ends.register(task_id)
         try:

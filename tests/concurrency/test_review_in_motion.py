@@ -24,6 +24,7 @@ from flowstead import (
 )
 from flowstead.controller import _differ_by_standing_only
 from flowstead.model.flow import Failure, FlowStatus
+from flowstead.model.wait import Wait, WaitKind
 from flowstead.store import codec
 from flowstead.store.memory import MemoryStore, MemoryTables
 from flowstead.testing import ManualClock
@@ -307,11 +308,23 @@ STANDING = {
     "went on": {"status": FlowStatus.QUEUED, "blocked_task_id": None, "blocked_summary": None},
     "requested": {"cancel_requested_at": NOW},
     "cancel began": {"cancel_requested_at": NOW, "cancel_started_at": NOW},
+    "waits": {
+        "status": FlowStatus.WAITING,
+        "wait_json": Raw(b'{"kind":"word"}'),
+        "awaiting": (("t-1",),),
+        "park_at": NOW,
+    },
 }
 SUBSTANCE = {
     "state": {"state_json": Raw(b'{"threads":[1]}')},
     "step": {"current_step": "answer"},
-    "wait": {"wait_json": Raw(b'{"kind":"word"}')},
+    "wait": {
+        "status": FlowStatus.WAITING,
+        "wait_json": Raw(b'{"kind":"word"}'),
+        "wait": Wait(kind=WaitKind.SIGNAL, token="t"),
+        "awaiting": (),
+        "park_at": None,
+    },
     "end": {"status": FlowStatus.SUCCEEDED, "ended_at": NOW},
     "failure": {
         "status": FlowStatus.FAILED,

@@ -45,9 +45,9 @@ PROGRAMS: Final = {
 class HeldStore(SqliteStore):
     """A store that stands still, for ever, at the first commit that writes what it is told to wait for.
 
-    `words` names kinds of rows (`flow`, `task`, `event`) and what has to occur in one of that kind, all of them
-    among what is written of one flow. It stands before that commit, or, if `after`, when it is on disk and
-    nobody knows.
+    `words` names kinds of rows (`flow`, `task`, `event`, `signal`, `update`) and what has to occur in one of that
+    kind, all of them among what is written of one flow. It stands before that commit, or, if `after`, when it is
+    on disk and nobody knows.
     """
 
     def __init__(self, path: str, journal: Journal, words: dict[str, str], *, after: bool) -> None:
@@ -74,6 +74,8 @@ class HeldStore(SqliteStore):
             "flow": [] if write.flow is None else [write.flow.doc],
             "task": [task.doc for task in write.tasks],
             "event": [event.doc for event in write.events],
+            "signal": [signal.doc for signal in write.signals],
+            "update": [update.doc for update in write.updates],
         }
         return all(any(word in row for row in rows[kind]) for kind, word in self._words.items())
 

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -213,6 +214,120 @@ DAMAGE_DONE = {
         "is failed, and its task succeeded",
     ),
 }
+TAKEN = "run_id = 'ask' AND flow_key = " + FLOW.format("done")
+DAMAGE_TO_WAITS = {
+    "a wait is found by another key": (
+        "UPDATE tasks SET wait_key = '0' WHERE run_id = 'first'",
+        "wait_key does not fit",
+    ),
+    "a wait is for something else than its key": (
+        "UPDATE tasks SET doc = json_set(doc, '$.wait.key', json('{\"topic\": 8}'))"
+        " WHERE run_id = 'first'",
+        "its digest does not fit",
+    ),
+    "a wait has another token": (
+        "UPDATE tasks SET doc = json_set(doc, '$.wait.token', 'mine') WHERE run_id = 'first'",
+        "wait_token does not fit",
+    ),
+    "the own wait of a flow is for something else": (
+        "UPDATE events SET doc = json_set(doc, '$.changed.waitJson.topic', 8)"
+        " WHERE json_extract(doc, '$.changed.waitJson.topic') = 7;"
+        "UPDATE flows SET doc = json_set(doc, '$.waitJson.topic', 8) WHERE flow_id = 'own'",
+        "the digest of what it waits for does not fit",
+    ),
+    "the own wait of a flow has another token": (
+        "UPDATE flows SET doc = json_set(doc, '$.wait.token', 'mine') WHERE flow_id = 'own'",
+        "the digest of its token does not fit",
+    ),
+    "a deadline is forgotten": (
+        "UPDATE flows SET due_at = NULL WHERE flow_id = 'own'",
+        "due_at is None",
+    ),
+    "a flow waits for a stranger": (
+        "UPDATE flows SET doc = json_set(doc, '$.awaiting', json('[[\"nobody\"]]'))"
+        " WHERE flow_id = 'top'",
+        "not all of them its children",
+    ),
+    "a flow waits for what has ended": (
+        "UPDATE tasks SET doc = json_set(doc, '$.endedAt', 1) WHERE run_id = 'first'",
+        "which have ended",
+    ),
+    "a controller is to be parked that stands nowhere": (
+        "UPDATE flows SET due_at = 1, doc = json_remove(json_set(doc, '$.parkAt', 1), '$.awaiting')"
+        " WHERE flow_id = 'top'",
+        "its controller stands nowhere",
+    ),
+    "a wait outlives its flow": (
+        f"UPDATE tasks SET doc = json_remove(doc, '$.endedAt') WHERE {TAKEN}",
+        "flow done is over, and",
+    ),
+    "a timer goes off before its time": (
+        "UPDATE tasks SET doc = json_set(doc, '$.wait.kind', 'timer', '$.wait.deadlineAt',"
+        f" json_extract(doc, '$.endedAt') + 1) WHERE {TAKEN}",
+        "was over before its time",
+    ),
+    "a message is another one when it is taken": (
+        f"UPDATE tasks SET doc = json_set(doc, '$.resultJson.body', 'other') WHERE {TAKEN}",
+        "and brought something else",
+    ),
+    "a message of nobody is taken": (
+        f"UPDATE tasks SET doc = json_set(doc, '$.resultJson.id', 'nobody') WHERE {TAKEN}",
+        "which is no message of its flow",
+    ),
+    "an answer counts twice": (
+        "UPDATE events SET doc = json_set(doc, '$.cause', 'early')"
+        f" WHERE flow_key = {FLOW.format('done')} AND seq > 2",
+        "['early'] counted more than once",
+    ),
+    "what caused something is not on record": (
+        "UPDATE events SET doc = json_set(doc, '$.cause', 'nobody')"
+        f" WHERE flow_key = {FLOW.format('done')} AND seq = 2",
+        "is the doing of 'nobody', which is not on record",
+    ),
+    "a signal is kept and was taken": (
+        "UPDATE signals SET doc = json_set(doc, '$.takenBy', 'top') WHERE signal_id = 'early'",
+        "kept is 1, taken by top",
+    ),
+    "a signal went to a stranger": (
+        "UPDATE signals SET kept = 0, doc = json_set(doc, '$.takenBy', 'nobody')"
+        " WHERE signal_id = 'early'",
+        "went to nobody, which is not there",
+    ),
+    "the payload of a signal is another": (
+        "UPDATE signals SET doc = json_set(doc, '$.payload', 8) WHERE signal_id = 'early'",
+        "its checksum is",
+    ),
+    "a signal is missing": (
+        "DELETE FROM signals WHERE signal_id = 'early'",
+        "the totals are",
+    ),
+    "an end is not told": (
+        "DELETE FROM updates WHERE slot = 'done'",
+        "flow done has ended, and there is no update that says so",
+    ),
+    "the end of a silent flow is told": (
+        "UPDATE flows SET doc = json_set(doc, '$.notifyPolicy', 'silent') WHERE flow_id = 'done'",
+        "tells of a silent flow done",
+    ),
+    "an end is told otherwise than it was": (
+        "UPDATE updates SET doc = json_set(doc, '$.flowStatus', 'failed') WHERE slot = 'done'",
+        "says that flow done is ('failed'",
+    ),
+    "an end is told before it has come": (
+        f"UPDATE updates SET flow_key = {FLOW.format('top')},"
+        f" doc = json_set(doc, '$.flowKey', {FLOW.format('top')}) WHERE slot = 'done'",
+        "tells of an end of flow top",
+    ),
+    "an update is to go out at no time": (
+        "UPDATE updates SET status = 'pending', doc = json_set(doc, '$.status', 'pending')"
+        " WHERE slot = 'done'",
+        "due_at does not fit",
+    ),
+    "an update is of nobody": (
+        "UPDATE updates SET flow_key = 999999 WHERE slot = 'done'",
+        "is of no flow",
+    ),
+}
 
 
 @pytest.fixture
@@ -258,6 +373,36 @@ def done(db: Path, tmp_path: Path) -> Iterator[Path]:
         yield db
 
 
+@pytest.fixture
+def waiting(db: Path, tmp_path: Path) -> Iterator[Path]:
+    """A file with a flow that is parked, one that waits for itself, one that took a message, and a kept signal."""
+    calls: list[dict[str, Any]] = [
+        {"do": "create", "given": {"how": "selects"}},
+        {"do": "signal", "given": {"topic": 9, "id": "early"}, "on": "flow.parked"},
+        {"do": "create", "given": {"controller": "nobody"}, "flow": "own"},
+        {"do": "wait", "given": {"topic": 7, "deadlineAt": 3_600_000}, "flow": "own"},
+        {"do": "create", "given": {"how": "receives"}, "flow": "done"},
+        {"do": "tell", "given": {"message": "hello", "id": "msg"}, "flow": "done"},
+    ]
+    with Zygote() as zygote:
+        journal = tmp_path / "journal"
+        child = zygote.fork(
+            "stand",
+            journal,
+            path=str(db),
+            folder=str(tmp_path),
+            calls=calls,
+            park_seconds=0.01,
+        )
+        until(lambda: "flow.succeeded" in told(child, "event"), "an end")
+        child.kill()
+        last = zygote.fork(
+            "stand", journal, path=str(db), folder=str(tmp_path), calls=[], until="rest"
+        )
+        assert last.wait() == 0, last.facts()
+        yield db
+
+
 def told(child: Child, key: str) -> list[str]:
     return [fact[key] for fact in child.facts() if key in fact]
 
@@ -274,9 +419,13 @@ def test_each_damage_to_what_goes_on_from_or_follows_another_is_found(done: Path
     check_found(done, DAMAGE_DONE)
 
 
-def check_found(path: Path, damage: dict[str, tuple[str, str]]) -> None:
+def test_each_damage_to_what_waits_or_is_to_be_told_is_found(waiting: Path) -> None:
+    check_found(waiting, DAMAGE_TO_WAITS, tells=True)
+
+
+def check_found(path: Path, damage: dict[str, tuple[str, str]], *, tells: bool = False) -> None:
     """Do each damage to a whole file, one after another; each must be found for what it is."""
-    invariants.check_all(path)
+    invariants.check_all(path, tells=tells)
     whole = path.read_bytes()
 
     for name, (statements, complaint) in damage.items():
@@ -285,11 +434,11 @@ def check_found(path: Path, damage: dict[str, tuple[str, str]]) -> None:
             connection.executescript(statements)
             assert connection.total_changes > before, f"{name}: nothing was damaged"
         with pytest.raises(AssertionError) as found:
-            invariants.check_all(path)
+            invariants.check_all(path, tells=tells)
         assert complaint in str(found.value), (name, str(found.value))
         path.write_bytes(whole)
 
-    invariants.check_all(path)
+    invariants.check_all(path, tells=tells)
 
 
 def test_a_file_others_may_read_is_found(furnished: Path) -> None:

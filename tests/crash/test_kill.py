@@ -19,10 +19,11 @@ import pytest
 
 from flowstead.store.schema import VERSION
 from tests import invariants
+from tests.crash.answers import Answers
 from tests.crash.census import alive_programs, end_programs, marks_in
 from tests.crash.children import ONCE, PIPELINE, RETRY_AFTER, TREE
 from tests.crash.harness import Child, Zygote, read_journal
-from tests.crash.load import LIVE
+from tests.crash.load import A_DAY, LIVE
 
 CYCLES = int(os.environ.get("FLOWSTEAD_KILL_CYCLES", "60"))
 SEED = int(os.environ.get("FLOWSTEAD_KILL_SEED", "20261122"))
@@ -52,6 +53,15 @@ MUST_HAPPEN = (
     *("sent away at the door", "idle", "never started", "killed", "abandoned", "interrupted"),
     *("in a thread", "nested", "cancelled from above", "three floors", "mirrored"),
     *("gone on from", "carried", "restarted program", "programs outlived us", "programs alone"),
+    *("key matched", "key kept", "key late", "key duplicate", "kept, and taken later"),
+    *("woke several", "step matched", "token matched", "tell matched", "tell kept"),
+    *("sent again", "sent again and known", "told again", "taken"),
+    *("parked", "came back", "came back from a kill", "signal succeeded", "signal timed_out"),
+    *("signal cancelled", "timer succeeded", "timer cancelled", "message succeeded"),
+    *("vote counted", "task.voted", "approval succeeded", "paid", "task.reminded"),
+    *("task.overdue", "own wait timed out", "update done", "update notice", "update reminder"),
+    *("update progress", "update superseded", "update delivered", "update delivery_failed"),
+    *("update digested", "delivered twice", "delivered after a failure", "delivered digests"),
 )
 MAY_END_AS = {
     "quick": {"succeeded"},
@@ -119,6 +129,7 @@ class Checker:
         self.above: dict[str, str] = {}
         self.done_effects: set[tuple[str, str]] = set()
         self.ended: dict[str, str] = {}
+        self.answers = Answers(self.folder / "delivered", totals.counts)
         self.events_before = (0, "")
 
     def check(self, facts: list[dict[str, Any]], pid: int) -> None:
@@ -131,6 +142,7 @@ class Checker:
             assert "crash" not in fact, f"the worker failed:\n{fact['crash']}"
             assert "wrong" not in fact, f"the worker was told something wrong: {fact['wrong']}"
         self._count(facts)
+        self.answers.note(facts)
         self._check_what_ran(facts)
         if not self.path.exists():
             assert not [fact for fact in facts if "ready" in fact], "the file is gone"
@@ -138,8 +150,9 @@ class Checker:
         if not self._has_a_schema():
             assert not [fact for fact in facts if "ready" in fact], "the schema is gone"
             return
-        file = invariants.check_all(self.path)
-        self.acks += (news := [fact for fact in facts if "ack" in fact])
+        file = invariants.check_all(self.path, tells=True)
+        news = [fact for fact in facts if "ack" in fact and fact["ack"] not in ("sent", "vote")]
+        self.acks += news
         flows = {flow.row["flow_id"]: flow for flow in file.flows.values()}
         tasks = {task.row["task_id"]: task for task in file.tasks}
         for ack in news:
@@ -158,9 +171,11 @@ class Checker:
         self._check_controllers(flows)
         self._check_sorts(flows, tasks)
         self._check_programs(tasks)
+        at_rest = any("settled" in fact for fact in facts)
+        self.answers.check(file, at_rest=at_rest)
         if any("closed" in fact for fact in facts):
             self._check_clean_end(tasks, {fact["ran"] for fact in facts if "ran" in fact}, pid)
-        if any("settled" in fact for fact in facts):
+        if at_rest:
             self._check_rest(flows, tasks)
         self._remember(flows, tasks)
 
@@ -349,7 +364,8 @@ class Checker:
         for flow in flows.values():
             assert flow.doc["status"] not in LIVE, f"{flow.name} is left {flow.doc['status']}"
         for task in tasks.values():
-            ended = task.doc.get("endedAt") is not None or not task.row["launched"]
+            is_ours = task.row["launched"] or task.wait is not None or task.letter is not None
+            ended = task.doc.get("endedAt") is not None or not is_ours
             assert ended, f"{task.name} is left {task.doc['status']}"
         alive = {pid: child for pid, child in alive_programs().items() if child in tasks}
         assert not alive, f"processes live on after the last life: {alive}"
@@ -390,6 +406,7 @@ class Checker:
         if not self.path.exists() or not self._has_a_schema():
             return
         file, counts = invariants.read(self.path), self.totals.counts
+        self.answers.close(file)
         for flow in file.flows.values():
             counts["flows"] += 1
             for event in flow.events:
@@ -510,6 +527,7 @@ def _run_lane(directory: Path, lane: int, cycles: int, *, early: bool) -> Totals
                 early=early,
                 strict=not early,
                 full=rng.random() < 0.5,
+                unanswered=list(checker.answers.unanswered.values()),
             )
             # One in five while the file is being opened or its flows are being recovered.
             is_opening = rng.random() < 0.2
@@ -547,19 +565,25 @@ def _has_told(child: Child, size: int) -> None:
 
 
 def end_file(zygote: Zygote, checker: Checker, journal: Path) -> None:
-    """Give a file one last owner, who brings everything to its end, and look whether anything is left."""
-    last = zygote.fork(
-        "load",
-        journal,
-        path=str(checker.path),
-        folder=str(checker.folder),
-        seed=0,
-        last=True,
-    )
-    assert last.wait() == 0, last.facts()[-3:]
-    facts = last.facts()
-    assert any("settled" in fact for fact in facts), facts[-3:]
-    checker.check(facts, last.pid)
+    """Give a file one last owner, who brings everything to its end, and look whether anything is left.
+
+    And another one when the day is over, who sends the digests.
+    """
+    for day in (0, 1):
+        last = zygote.fork(
+            "load",
+            journal.with_suffix(f".{day}.jsonl"),
+            path=str(checker.path),
+            folder=str(checker.folder),
+            seed=-day,
+            last=True,
+            ahead=2 * day * A_DAY,
+            unanswered=list(checker.answers.unanswered.values()),
+        )
+        assert last.wait() == 0, last.facts()[-3:]
+        facts = last.facts()
+        assert any("settled" in fact for fact in facts), facts[-3:]
+        checker.check(facts, last.pid)
     checker.close()
 
 

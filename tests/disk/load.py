@@ -58,6 +58,9 @@ class CountedIds:
     def chance(self) -> float:
         return 0.5
 
+    def token(self) -> str:
+        return self.task_id()
+
 
 class InlineConnection:
     """A store's connection without a thread: a commit takes a fixed number of the event loop's turns."""

@@ -71,6 +71,9 @@ def ways_of(schedule: Schedule) -> tuple[bool, ...]:
 REST = 3.0
 """Seconds of the loop's time, which cost nothing: all that was set in motion has come to its end by then."""
 
+PARK = 1.0
+"""Seconds after which a controller that waits has left memory."""
+
 SPARE = 2
 """Steps beyond those of the uncancelled call, to see that there are no more."""
 
@@ -200,6 +203,8 @@ class Scene:
     flow: Flow
     task: Task
     number: int
+    token: str = ""
+    digest: str = ""
 
     @property
     def flow_id(self) -> str:
@@ -211,6 +216,7 @@ class Scene:
 
 
 Act = Callable[[Scene], Awaitable[Any]]
+Face = Callable[[Runtime], Any]
 
 WHOLE = "applied whole or not at all"
 NOTHING = "nothing but the call itself is stopped"
@@ -310,6 +316,52 @@ async def _add_named_child(scene: Scene) -> None:
     await scene.flows.complete_task(child.task_id)
 
 
+async def _await_word(scene: Scene) -> None:
+    """The flow waits for a signal."""
+    fields = {"thread": scene.number}
+    await scene.flows.set_waiting(flow_id=scene.flow_id, expected_revision=0, wait_json=fields)
+    [wait] = await scene.flows.list_waits(scene.flow_id)
+    assert wait.token
+    scene.token = wait.token
+
+
+async def _await_word_twice(scene: Scene) -> None:
+    """The flow and another one wait for the same signal."""
+    await _await_word(scene)
+    await make(scene.flows, status="waiting", wait_json={"thread": scene.number})
+
+
+async def _await_vote(scene: Scene) -> None:
+    """The flow is one that asks for an approval."""
+    scene.flow = await make(scene.flows, controller_id="asks")
+    await asyncio.sleep(REST)
+    [wait] = await scene.flows.list_waits(scene.flow_id)
+    assert wait.token and wait.approval
+    scene.token, scene.digest = wait.token, wait.approval.digest
+
+
+async def _await_question(scene: Scene) -> None:
+    """The flow is one that answers what it is asked."""
+    scene.flow = await make(scene.flows, controller_id="replies")
+    await asyncio.sleep(REST)
+
+
+async def asks(flow: FlowContext) -> None:
+    await flow.approve("Well?", 1)
+
+
+async def replies(flow: FlowContext) -> None:
+    message = await flow.receive()
+    assert message is not None
+    await flow.reply(message, message.body)
+
+
+async def _ask(scene: Scene) -> None:
+    """Ask the flow, which answers one question and is done."""
+    with suppress(flowstead.NotAwaited):
+        await scene.flows.ask(scene.flow_id, 1)
+
+
 def _mutation(name: str, **given: Any) -> Entry:
     return Entry(
         lambda it: getattr(it.flows, name)(
@@ -406,6 +458,60 @@ OWNED: dict[str, Entry] = SCOPED | {
         lambda it: it.flows.complete_task(it.task_id, result_json=1), NOTHING, prepare=_end_child
     ),
     "fail_task": Entry(lambda it: it.flows.fail_task(it.task_id, error="no")),
+    "signal": Entry(
+        lambda it: it.flows.signal(payload=1, id=f"s-{it.number}", thread=it.number),
+        prepare=_await_word,
+    ),
+    "signal, for two": Entry(
+        lambda it: it.flows.signal(payload=1, id=f"s-{it.number}", thread=it.number),
+        prepare=_await_word_twice,
+    ),
+    "signal, no id": Entry(
+        lambda it: it.flows.signal(payload=1, thread=it.number), prepare=_await_word
+    ),
+    "signal, early": Entry(
+        lambda it: it.flows.signal(payload=1, id=f"s-{it.number}", thread=it.number), NOTHING
+    ),
+    "signal, to a flow": Entry(
+        lambda it: it.flows.signal(payload=1, id=f"s-{it.number}", flow_id=it.flow_id),
+        prepare=_await_word,
+    ),
+    "signal, to a step": Entry(
+        lambda it: it.flows.signal(id=f"s-{it.number}", flow_id=it.flow_id, name="step")
+    ),
+    "signal, by token": Entry(
+        lambda it: it.flows.signal(payload=1, token=it.token), prepare=_await_word
+    ),
+    "tell": Entry(lambda it: it.flows.tell(it.flow_id, 1, id=f"s-{it.number}")),
+    "tell, no id": Entry(lambda it: it.flows.tell(it.flow_id, 1), repeats=True),
+    "vote": Entry(
+        lambda it: it.flows.vote(
+            "approve", approver="me", digest=it.digest, flow_id=it.flow_id, name="approval"
+        ),
+        prepare=_await_vote,
+    ),
+    "vote, early": Entry(
+        lambda it: it.flows.vote(
+            "approve", approver="me", digest="d", flow_id=it.flow_id, name="approval"
+        ),
+        repeats=True,
+    ),
+    "list_waits": Entry(lambda it: it.flows.list_waits(), NOTHING, prepare=_await_word),
+    "list_updates": Entry(lambda it: it.flows.list_updates(), NOTHING),
+}
+
+ASKING: dict[str, Entry] = {"ask": Entry(_ask, prepare=_await_question)}
+"""What cannot be asked again while the first is on its way: it would be another question."""
+
+TOKENS: dict[str, Entry] = {
+    "answer": Entry(
+        lambda it: it.face.answer(it.token, 1, id=f"s-{it.number}"), prepare=_await_word
+    ),
+    "answer, no id": Entry(lambda it: it.face.answer(it.token, 1), prepare=_await_word),
+    "vote": Entry(
+        lambda it: it.face.vote(it.token, "approve", approver="me", digest=it.digest),
+        prepare=_await_vote,
+    ),
 }
 
 OPERATED: dict[str, Entry] = SCOPED | {
@@ -421,11 +527,11 @@ _TOLD_IN_FULL = ("status", "stateJson", "waitJson", "progressSummary", "failure"
 class Rounds:
     """Calls of one entry, each on a scene of its own, in one runtime."""
 
-    def __init__(self, runtime: Runtime, is_admin: bool, entry: Entry) -> None:
+    def __init__(self, runtime: Runtime, face: Face, entry: Entry) -> None:
         self.probe = Probe()
         self._runtime = runtime
         self._flows = bound(runtime)
-        self._face: Any = runtime.admin if is_admin else self._flows
+        self._face = face(runtime)
         self._entry = entry
         self._number = 0
 
@@ -520,16 +626,24 @@ def _play(
     schedule: Schedule,
     entry: Entry,
     *,
-    is_admin: bool = False,
+    face: Face = bound,
     ways: tuple[bool, ...] | None = None,
     **options: Any,
 ) -> None:
     async def host(runtime: Runtime) -> None:
-        rounds = Rounds(runtime, is_admin, entry)
+        rounds = Rounds(runtime, face, entry)
         await rounds.play(schedule, ways_of(schedule) if ways is None else ways)
 
     with Simulation(schedule, **options) as world:
-        world.run(host, limits=Limits(idle_seconds=UNDISTURBED))
+        limits = Limits(idle_seconds=UNDISTURBED, park_seconds=PARK)
+        world.run(host, registry=_controllers, limits=limits)
+
+
+def _controllers() -> Registry:
+    registry = Registry()
+    registry.controller("asks")(asks)
+    registry.controller("replies")(replies)
+    return registry
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -545,7 +659,23 @@ def test_a_session_keeps_its_word_wherever_its_caller_is_cancelled(
 def test_an_operator_s_calls_keep_their_word_wherever_they_are_cancelled(
     name: str, schedule: Schedule
 ) -> None:
-    _play(schedule, OPERATED[name], is_admin=True, ways=BY_TASK)
+    _play(schedule, OPERATED[name], face=lambda runtime: runtime.admin, ways=BY_TASK)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("name", ASKING)
+def test_a_question_is_asked_or_not_wherever_its_caller_is_cancelled(
+    name: str, schedule: Schedule
+) -> None:
+    _play(schedule, ASKING[name], ways=BY_TASK)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:1], ids=str)
+@pytest.mark.parametrize("name", TOKENS)
+def test_who_has_but_a_token_is_told_the_truth_wherever_his_call_is_cancelled(
+    name: str, schedule: Schedule
+) -> None:
+    _play(schedule, TOKENS[name], face=lambda runtime: runtime, ways=BY_TASK)
 
 
 MUTATIONS = [name for name, entry in OWNED.items() if entry.promise is WHOLE]
@@ -576,6 +706,7 @@ class Step:
         ends: How the flow may end.
         works: How often its step functions run in all, where the call is made again.
         crowd: How many others push into the flow's mailbox, which holds one, at the same time.
+        asked: Whether somebody asks the flow something meanwhile.
     """
 
     call: Callable[[FlowContext], Awaitable[Any]]
@@ -583,6 +714,7 @@ class Step:
     ends: tuple[str, ...] = ("succeeded",)
     works: int = 0
     crowd: int = 0
+    asked: bool = False
 
 
 class Work:
@@ -639,7 +771,76 @@ def _steps(work: Work) -> dict[str, Step]:
         "update, then finish": Step(lambda flow: flow.update(state_json="first"), finish),
         "finish": Step(finish, nothing),
         "fail": Step(lambda flow: flow.fail(), nothing, ends=("failed", "succeeded")),
-    } | _fan_outs(work)
+    } | _fan_outs(work) | _standing_still()  # fmt: skip
+
+
+LAST: dict[str, Any] = {"timeout": 0.5, "on_timeout": "resume"}
+
+
+def _standing_still() -> dict[str, Step]:
+    async def two(flow: FlowContext) -> list[flowstead.Step]:
+        return [await flow.open_wait("a"), await flow.start_timer("b", 0.5)]
+
+    async def select(flow: FlowContext) -> None:
+        winner = await flow.select(*await two(flow))
+        assert winner.name == "b"
+        assert isinstance(await winner.outcome(), flowstead.Succeeded)
+
+    async def open_wait(flow: FlowContext) -> None:
+        step = await flow.open_wait("a", **LAST)
+        assert isinstance(await step.outcome(), flowstead.TimedOut)
+
+    async def timer(flow: FlowContext) -> None:
+        await (await flow.start_timer("b", 0.5)).result()
+
+    async def ask_approval(flow: FlowContext) -> None:
+        step = await flow.ask_approval("Well?", 1, name="a", expires=0.5)
+        assert (await step.result())["verdict"] == "expired"
+
+    async def approve(flow: FlowContext) -> None:
+        assert (await flow.approve("Well?", 1, name="a", expires=0.5)).verdict == "expired"
+
+    async def reply(flow: FlowContext) -> None:
+        message = await flow.receive(name="m")
+        assert message is not None
+        await flow.reply(message, message.body)
+
+    async def wait(flow: FlowContext) -> None:
+        assert await flow.wait("s", thread=1, **LAST) is None
+
+    async def receive(flow: FlowContext) -> None:
+        assert await flow.receive(name="m", **LAST) is None
+
+    async def ended(flow: FlowContext) -> None:
+        assert (await (await two(flow))[1].ended()).status == "succeeded"
+
+    async def outcome(flow: FlowContext) -> None:
+        assert isinstance(await (await two(flow))[1].outcome(), flowstead.Succeeded)
+
+    async def cancel(flow: FlowContext) -> None:
+        await (await two(flow))[0].cancel()
+
+    return {
+        "wait": Step(wait),
+        "wait, not again": Step(wait, nothing),
+        "open_wait": Step(open_wait),
+        "open_wait, not again": Step(lambda flow: flow.open_wait("a"), nothing),
+        "sleep": Step(lambda flow: flow.sleep("s", 0.5)),
+        "sleep, in a crowd": Step(lambda flow: flow.sleep("s", 0.5), crowd=3),
+        "start_timer": Step(timer),
+        "select": Step(select),
+        "select, not again": Step(select, nothing),
+        "approve": Step(approve),
+        "ask_approval": Step(ask_approval),
+        "receive": Step(receive),
+        "reply": Step(reply, asked=True),
+        "notify": Step(lambda flow: flow.notify("Well.", name="n")),
+        "later": Step(lambda flow: flow.later("Well.", name="n")),
+        "ended, of a wait": Step(ended),
+        "outcome, of a wait": Step(outcome),
+        "result, of a wait": Step(timer),
+        "cancel, of a wait": Step(cancel),
+    }
 
 
 def _fan_outs(work: Work) -> dict[str, Step]:
@@ -712,8 +913,9 @@ def _waits(work: Work) -> dict[str, Step]:
     }
 
 
-CONTROLLED = _steps(Work())
+CONTROLLED = {name: step for name, step in _steps(Work()).items() if "of a wait" not in name}
 STEPPED = _waits(Work())
+AWAITED = [name for name in _standing_still() if "of a wait" in name]
 
 
 class Drives:
@@ -724,6 +926,7 @@ class Drives:
         self.step = (_steps(self.work) | _waits(self.work))[name]
         self.schedule = schedule
         self.probe: Probe | None = None
+        self.answers: list[flowstead.Outcome] = []
         self._cancel: tuple[int, bool] | None = None
 
     def play(self) -> None:
@@ -737,13 +940,20 @@ class Drives:
     async def _drive(self, flow: FlowContext) -> None:
         assert self.probe is not None
         crowd = [self._push(flow.flow_id, number) for number in range(self.step.crowd)]
+        if self.step.asked:
+            crowd.append(self._ask(flow.flow_id))
         pushing = asyncio.gather(*crowd)
         await self.probe.call(lambda: self.step.call(flow), self._cancel)
-        await pushing
+        if not self.step.asked:
+            await pushing
         await (self.step.again or self.step.call)(flow)
+        await pushing
 
     async def _push(self, flow_id: str, number: int) -> None:
         await self.flows.run_task(flow_id=flow_id, runtime="acp", task="t", run_id=f"p{number}")
+
+    async def _ask(self, flow_id: str) -> None:
+        self.answers.append(await self.flows.ask(flow_id, 1))
 
     async def _host(self, runtime: Runtime) -> None:
         self.flows = bound(runtime)
@@ -761,6 +971,7 @@ class Drives:
     async def _round(self, runtime: Runtime, cancel: tuple[int, bool] | None) -> None:
         self._cancel = cancel
         self.work.begun.clear()
+        self.answers.clear()
 
         flow = await make(self.flows, controller_id="driver")
         end = await self.flows.result(flow.flow_id)
@@ -770,12 +981,13 @@ class Drives:
         assert all(times == 1 for times in self.work.begun.values()), (cancel, self.work.begun)
         if self.step.again is None:
             assert self.work.begun.total() == self.step.works
+            assert self.answers == [flowstead.Succeeded(1)] * self.step.asked
         assert holds_nothing(runtime)
         await told_once_and_whole(self.flows, flow.flow_id)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("name", [*CONTROLLED, *STEPPED])
+@pytest.mark.parametrize("name", [*CONTROLLED, *STEPPED, *AWAITED])
 def test_a_controller_that_cancels_its_own_call_anywhere_goes_on_and_its_flow_ends(
     name: str, schedule: Schedule
 ) -> None:
@@ -1048,13 +1260,14 @@ async def _update_twice(flows: SessionFlows, flow_id: str) -> None:
 # ---- nothing is forgotten, and everything is written down -----------------------------------------
 
 TABLES: dict[type[Any], Iterable[str]] = {
-    SessionFlows: OWNED,
+    SessionFlows: OWNED | ASKING,
     Admin: OPERATED,
     FlowContext: CONTROLLED,
     flowstead.Step: [name for name in STEPPED if name != "__anext__"],
+    flowstead.WaitStep: AWAITED,
     Completed: ("__anext__",),
     TaskContext: REPORTED,
-    Runtime: ("__aenter__", "__aexit__", "aclose"),
+    Runtime: ("__aenter__", "__aexit__", "aclose", *TOKENS),
     Watcher: ("__aenter__", "__aexit__", "__anext__"),
 }
 """What the tests above call, by the class it belongs to."""
@@ -1072,6 +1285,8 @@ def coroutines_of(cls: type[Any]) -> set[str]:
 # What the public names lead to without being public names themselves.
 PUBLIC = [*(getattr(flowstead, name) for name in flowstead.__all__), Admin, Watcher, Completed]
 CLASSES = [cls for cls in PUBLIC if inspect.isclass(cls) and coroutines_of(cls)]
+SENDING = {cls for cls in CLASSES if cls.__module__.startswith("flowstead.notifiers")}
+"""Called by the runtime itself, which cancels a notifier only where it hangs or the runtime closes."""
 CALLS = [(cls, name) for cls in CLASSES for name in sorted(coroutines_of(cls))]
 
 SAYS: dict[str, str] = {
@@ -1081,7 +1296,7 @@ SAYS: dict[str, str] = {
 
 
 def test_every_public_coroutine_has_been_cancelled_here() -> None:
-    assert set(CLASSES) == set(TABLES)
+    assert set(CLASSES) - SENDING == set(TABLES)
     for cls, table in TABLES.items():
         assert {name.partition(",")[0] for name in table} == coroutines_of(cls), cls
 

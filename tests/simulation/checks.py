@@ -12,6 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from flowstead import StoreError
+from flowstead.model.flow import FlowKey
 from flowstead.store import codec
 from flowstead.store.codec import EventRow, FlowRow, TaskRow
 from tests import invariants
@@ -134,6 +135,8 @@ def _check_result(world: World, task: TaskRows) -> None:
         log = world.model.child_flow(world.model.home[known.task_id][0], known)
         assert log is not None
         expected: Any = json.loads(log.now.state)
+    elif known.wait is not None or known.letter is not None or doc["runtime"] == "notice":
+        return  # its result is judged with what it was answered by
     elif "launch" not in doc:
         expected = {"token": doc["terminalSummary"]}
     elif doc["task"] == "post":
@@ -141,6 +144,22 @@ def _check_result(world: World, task: TaskRows) -> None:
     else:
         expected = {"by": doc["taskId"], "attempt": doc["attempt"]}
     assert told == expected, f"{task.name} succeeded with {told!r}, not {expected!r}"
+
+
+def check_nobody_awaits_what_has_ended(world: World, flow: FlowRows) -> None:
+    """What ends a wait of a controller wakes it in the same transaction; nobody waits for a flow that is over."""
+    statuses = {name: task.doc["status"] for name, task in flow.tasks.items()}
+    for group in flow.doc.get("awaiting", ()):
+        over = [name for name in group if statuses[name] not in spec.ACTIVE]
+        assert not over, f"{flow.name} awaits {group}, of which {over} have ended"
+        assert flow.doc["status"] in ("waiting", "blocked"), f"{flow.name} awaits: {flow.doc}"
+    if flow.doc.get("endedAt") is not None or flow.doc.get("cancelRequestedAt") is not None:
+        left = [
+            task.name
+            for task in flow.tasks.values()
+            if task.doc["status"] == "queued" and ("wait" in task.doc or "letter" in task.doc)
+        ]
+        assert not left, f"{flow.name} goes on no more, and {left} are left: {flow.doc}"
 
 
 def check_i7_one_commit_at_a_time(world: World) -> None:
@@ -196,7 +215,9 @@ def check_i11_an_idle_restart_changes_nothing(world: World) -> None:
 
 
 def _goes_on(state: spec.FlowState) -> bool:
-    return state.controller in spec.CONTROLLERS and state.status in spec.ACTIVE
+    # One that cannot be parked is entered again, and waits again.
+    stays = state.controller == "lingers" and state.awaits
+    return stays or (state.controller in spec.CONTROLLERS and state.status in spec.ACTIVE)
 
 
 def check_i12_strangers_see_nothing(world: World) -> None:
@@ -263,6 +284,73 @@ def check_stops_come_to_an_end(world: World) -> None:
             assert not asked or world.seconds - since <= patience, f"it does not end: {task}"
 
 
+def check_waits_come_due(world: World) -> None:
+    """In a calm world, what is due by the clock is seen to soon: timers, deadlines, letters, and parking."""
+    if world.runtime is None or not world.is_calm or world.files is not None:
+        world.overdue.clear()
+        return
+    now, overdue = world.wall, world.overdue
+    due = {
+        row.task_id
+        for row in world.disk.written.tasks.values()
+        if row.status == "queued" and row.due_at is not None and row.due_at <= now and _is_wait(row)
+    }
+    due |= {
+        f"{row.owner_key} {row.flow_id}"
+        for row in world.disk.written.flows.values()
+        if row.due_at is not None and 1 < row.due_at <= now and row.ended_at is None
+    }
+    for name in set(overdue) - due:
+        del overdue[name]
+    for name in due:
+        since = max(overdue.setdefault(name, world.seconds), world.calm_since)
+        overdue[name] = max(since, world.clock_set_at)
+        late = world.seconds - overdue[name]
+        assert late <= CLOCK_SECONDS + TOLD_SECONDS, f"{name} was due {late} s ago"
+
+
+def check_signals_meet_their_waits(world: World) -> None:
+    """In a calm world, nothing is kept for long for which somebody waits."""
+    if world.runtime is None or not world.is_calm or world.files is not None:
+        world.met.clear()
+        return
+    tables = world.disk.written
+    kept = [r for r in tables.signals.values() if r.kept and (r.expires_at or 0) > world.wall]
+    waited = _waited_for(world) if kept else set()
+    met = {row.key for row in kept if (row.owner_key, row.wait_key) in waited}
+    for key in set(world.met) - met:
+        del world.met[key]
+    for key in met:
+        since = max(world.met.setdefault(key, world.seconds), world.calm_since)
+        assert world.seconds - since <= TOLD_SECONDS / 2, f"not handed over: {tables.signals[key]}"
+
+
+def _waited_for(world: World) -> set[tuple[str, str | None]]:
+    """What somebody waits for, whose deadline has not passed."""
+    tables = world.disk.written
+    waited = {
+        (tables.flows[row.flow_key].owner_key, row.wait_key)
+        for row in tables.tasks.values()
+        if row.wait_key and row.status == "queued" and not _is_over(world, json.loads(row.doc))
+    }
+    for row in tables.flows.values():
+        if row.wait_key and row.status in ("waiting", "blocked"):
+            doc = json.loads(row.doc)
+            if doc.get("wait") and not _is_over(world, doc):
+                waited.add((row.owner_key, row.wait_key))
+    return waited
+
+
+def _is_over(world: World, doc: dict[str, Any]) -> bool:
+    deadline = (doc.get("wait") or {}).get("deadlineAt")
+    return deadline is not None and deadline <= world.wall
+
+
+def _is_wait(row: TaskRow) -> bool:
+    doc = json.loads(row.doc)
+    return "wait" in doc or "letter" in doc
+
+
 def _by_the_clock(world: World, since: float) -> float:
     """The second from which on time counts; what is due by a clock that was set meanwhile comes a little later."""
     was_set = world.clock_set_at >= since
@@ -291,7 +379,9 @@ def _end_awaited(world: World, call: Call) -> int | None:
         # For operators an id may mean either of two flows.
         return None if None in ends else max(filter(None, ends), default=None)
     task_id = call.task_id or ""
-    if call.op == "wait_task" and task_id in world.model.home:
+    if call.op == "ask" and call.token in world.desk.letters:
+        task_id = world.desk.letters[call.token][1]
+    if call.op in ("ask", "wait_task") and task_id in world.model.home:
         log = world.model.flows[world.model.home[task_id]]
         return log.first_position(lambda state: task_id in state.ends)
     return None
@@ -302,6 +392,7 @@ OF_A_FLOW = (
     check_i5_the_end_is_final,
     check_i6_children_end_once,
     check_i8_every_row_can_be_read,
+    check_nobody_awaits_what_has_ended,
 )
 OF_A_WORLD = (
     check_i1_one_actor_for_each_flow,
@@ -313,6 +404,8 @@ OF_A_WORLD = (
     check_no_code_outlives_its_flow,
     check_stops_come_to_an_end,
     check_nobody_stands_in_line_for_ever,
+    check_waits_come_due,
+    check_signals_meet_their_waits,
 )
 
 
@@ -363,7 +456,47 @@ def check_at_rest(world: World) -> None:
     assert not late, f"never answered: {late}"
     for log in world.model.flows.values():
         _check_flow_rests(world, log.now)
+    if world.files is None:
+        check_waits_rest(world)
+        check_updates_rest(world)
     check_standing_still(world)
+
+
+def check_waits_rest(world: World) -> None:
+    """No wake-up is lost: controllers that stand still are parked, and nothing that is kept has met its wait."""
+    tables = world.disk.written
+    for row in tables.flows.values():
+        doc = json.loads(row.doc)
+        if row.ended_at is not None or not doc.get("awaiting"):
+            continue
+        is_there = _is_driven(world, world.model.flows[(row.owner_key, row.flow_id)].now)
+        world.seen["parked at rest"] += not is_there
+        may_stay = doc.get("parkAt") == 1 or doc["status"] == "blocked"
+        assert may_stay or "parkAt" not in doc, f"not parked: {doc}"
+        assert is_there == ("parkAt" in doc), f"its controller is there: {is_there}: {doc}"
+
+
+def check_updates_rest(world: World) -> None:
+    """Whatever had to be told has arrived, once; or it is on record that it has not."""
+    tables = world.disk.written
+    arrived = list(world.channel.received.values())
+    rows = [(row, json.loads(row.doc)) for row in tables.updates.values()]
+    for row in tables.flows.values():
+        policy = json.loads(row.doc).get("notifyPolicy", "done_only")
+        ends = [doc for one, doc in rows if (one.flow_key, one.slot) == (row.key, "done")]
+        expected = row.ended_at is not None and policy != "silent"
+        assert len(ends) == expected, f"{row.flow_id}, {policy}: {ends}"
+    for one, doc in rows:
+        came = doc["idempotencyKey"] in world.channel.received
+        is_put_by = one.bucket is not None and (one.due_at or 0) > world.wall - 60_000
+        assert one.status != "pending" or is_put_by, f"not told: {doc}"
+        assert one.status != "delivered" or came, f"never arrived: {doc}"
+        if one.status == "delivery_failed":
+            log = world.model.flows[(doc["ownerKey"], doc["flowId"])]
+            assert one.slot in log.now.given_up, f"nobody knows that it was given up: {doc}"
+    items = Counter(item["text"] for update in arrived for item in update.items)
+    twice = [text for text, times in items.items() if times > 1]
+    assert not twice, f"in two digests: {twice}"
 
 
 def _check_flow_rests(world: World, state: spec.FlowState) -> None:
@@ -375,11 +508,20 @@ def _check_flow_rests(world: World, state: spec.FlowState) -> None:
         assert state.has_ended, f"cancel was requested, and nothing ends {state}"
     if state.controller in spec.CONTROLLERS and not (state.intent and state.active):
         nested = [task for task in waits if task.child_flow is not None]
-        assert state.status not in spec.ACTIVE or nested, f"its controller is stuck: {state}"
+        # One that somebody let go on while its controller stood in a wait goes on when the wait ends.
+        stands = state.open_waits and _is_driven(world, state)
+        assert state.status not in spec.ACTIVE or nested or stands, f"it is stuck: {state}"
     if state.mirrored and not state.active:
         [task] = state.tasks.values()
         given_back = state.status == "blocked" and task.outcome == "blocked"
         assert state.has_ended or given_back, f"its task has ended: {state}"
+
+
+def _is_driven(world: World, state: spec.FlowState) -> bool:
+    """Whether the flow's controller is in memory."""
+    crews = world.runtime._core.engine.supervisor._crews
+    crew = crews.get(FlowKey(state.owner, state.flow_id))
+    return crew is not None and crew.controller is not None
 
 
 def _may_stand(world: World, state: spec.FlowState, task: spec.TaskState) -> bool:
@@ -411,6 +553,9 @@ def _may_wait(world: World, call: Any) -> bool:
         found = [log.now for log in world.flows_of(call.actor) if log.now.flow_id == call.flow_id]
         # For operators an id may mean another flow by now than when they began to wait.
         return any(not state.has_ended for state in found)
+    if call.op == "ask" and call.token in world.desk.letters:
+        task = world.model.task(world.desk.letters[call.token][1])
+        return task is not None and task.is_active
     if call.op == "wait_task":
         task = world.model.task(call.task_id or "")
         return task is not None and task.is_active
@@ -425,7 +570,9 @@ def dump(world: World) -> set[FlowRow | TaskRow | EventRow | tuple[Any, ...]]:
     tables = world.disk.written
     flows = {row._replace(expected_revision=None) for row in tables.flows.values()}
     tasks = {row._replace(fresh=False) for row in tables.tasks.values()}
-    return {*flows, *tasks, *tables.events.values()}
+    rows = {*flows, *tasks, *tables.events.values()}
+    rows |= {row._replace(fresh=False) for row in tables.signals.values()}
+    return rows | {row._replace(fresh=False) for row in tables.updates.values()}
 
 
 def check_file(world: World, directory: Path) -> None:

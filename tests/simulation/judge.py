@@ -18,6 +18,7 @@ from flowstead import (
 from flowstead import errors as e
 from flowstead.model.task import Outcome
 from tests.simulation import model as spec
+from tests.simulation import answers
 from tests.simulation.linear import Seen
 from tests.simulation.model import (
     APPLIED,
@@ -46,7 +47,7 @@ _CODES: dict[type[Exception], str] = {
 _MUTATIONS = frozenset({"set_waiting", "resume", "update", "finish", "fail", "request_cancel"})
 _REPORTS = frozenset({"start_task", "progress_task", "complete_task", "fail_task"})
 _LOOKS_AFTERWARDS = frozenset(
-    {"cancel", "cancel_task", "run_task", "retry_task", "spawn_detached", *_REPORTS}
+    {"cancel", "cancel_task", "run_task", "retry_task", "spawn_detached", "ask", *_REPORTS}
 )
 """Operations that read after they have changed something; if that read fails, nobody knows."""
 
@@ -71,6 +72,9 @@ def resolve(
     owner, flow_id = _some_flow(world, given["flow"])
     actor, flow_id = _actor(owner, given["whose"], flow_id)
     state = _state_now(world, actor, flow_id)
+    if op in answers.OPERATIONS:
+        about = _state_now(world, owner, flow_id)
+        return answers.resolve(world, op, given, token, about, actor, flow_id)
     return op, actor, flow_id, None, _flow_args(world, op, given, token, state, actor, flow_id)
 
 
@@ -121,6 +125,7 @@ def _creation(given: dict[str, Any], token: str) -> dict[str, Any]:
         "goal": f"goal {token}" if key is None else f"{key} {given['variant']}",
         "status": given["status"],
         "state_json": {"made": 1},
+        "notify_policy": "done_only" if key is not None else given["policy"],
     }
     if key is not None:
         # The same key must come with the same arguments.
@@ -130,7 +135,8 @@ def _creation(given: dict[str, Any], token: str) -> dict[str, Any]:
         if value is not None:
             args[name] = value
     if given["status"] in ("waiting", "blocked"):
-        args["wait_json"] = {"kind": "reply"}
+        is_shared = given["wait"] == "thread"
+        args["wait_json"] = {"thread": "A"} if is_shared else {"kind": "reply"}
     return args
 
 
@@ -194,13 +200,32 @@ def _flow_args(
         case "nan" | "large" as kind:
             _with_defect(args, kind)
     if op == "set_waiting":
-        args["wait_json"] = {"kind": "reply", "by": token}
+        _add_wait(world, given, token, args)
     match given.get("blocked", "no"):
         case "task":
             args["blocked_task_id"] = f"{token} blocks"
         case "summary":
             args["blocked_summary"] = f"{token} is in the way"
     return args
+
+
+def _add_wait(world: World, given: dict[str, Any], token: str, args: dict[str, Any]) -> None:
+    """What to wait for, and how long."""
+    kind = given["wait"]
+    wait = {"thread": "A"} if kind == "thread" else {"kind": "reply", "by": token}
+    soon = world.wall + 3000
+    if kind == "deadline":
+        wait |= {"deadlineAt": soon, "onTimeout": given["on_timeout"]}
+    elif kind == "wake":
+        wait |= {"wakeAt": soon}
+    elif kind == "remind":
+        wait |= {"deadlineAt": soon + 2000, "remindAt": [soon, soon - 1000], "onTimeout": "resume"}
+    elif kind == "bad":
+        wait |= {"deadlineAt": "soon"}
+        args.pop("bad", None)
+        args.pop("state_json", None)
+        args["defect"] = "invalid_state"
+    args["wait_json"] = wait
 
 
 def _revision(kind: str, state: FlowState | None) -> int | None:
@@ -266,7 +291,7 @@ def attribute(world: World, entry: Entry) -> None:
     Raises:
         Wrong: Nobody asked for it, it was refused before, or it happened twice.
     """
-    if entry.actor in ("runtime", "controller"):
+    if entry.actor in ("runtime", "controller", "signal", "token"):
         return
     flow_id = entry.event["flowId"]
     token = _token_of(entry)
@@ -286,7 +311,7 @@ def attribute(world: World, entry: Entry) -> None:
         if call.op == "retry_flow":
             made = world.model.flows[(entry.owner, flow_id)].now.retry_of
             about = flow_id if made == call.flow_id else about
-        if call.op == "spawn_detached":
+        if call.op == "spawn_detached" or (call.op == "signal" and about is None):
             about = flow_id
         if call.task_id is not None:
             about = world.model.home.get(call.task_id, ("", None))[1]
@@ -371,6 +396,8 @@ def _explain_failure(world: World, call: Call) -> bool:
         if call.verdict == "failed" and call in world.made_by.values():
             raise Wrong(f"{call.name} was applied, but answered {call.result or error!r}")
         return True
+    if isinstance(error, e.MailboxFull) and call.op in answers.OPERATIONS:
+        return answers.explain_full(world, call)
     if code == "overloaded" and "mutations waiting" in call.result.reason:
         return _is_crowded(world, call)
     if isinstance(error, e.MailboxFull):
@@ -470,7 +497,7 @@ def view_of(flow: Flow) -> Answer:
         flow.revision, flow.status.value, flow.current_step, canonical(flow.state_json),
         canonical(flow.wait_json), flow.blocked_task_id, flow.blocked_summary, failure,
         flow.cancel_requested_at is not None, flow.cancel_started_at is not None, flow.ended_at is not None,
-        flow.sync_mode == "task_mirrored", flow.parent_task_id, flow.retry_of,
+        flow.sync_mode == "task_mirrored", flow.parent_task_id, flow.retry_of, canonical(flow.answer_json),
     )  # fmt: skip
     return (*shape, flow.cancel_requested_at, flow.cancel_started_at, flow.ended_at)
 
@@ -1193,6 +1220,7 @@ _JUDGES: dict[str, Callable[[Any, Call], Seen | None]] = {
     "spawn_detached": _spawn,
     "retry_task": _retry_task,
     "retry_flow": _retry_flow,
+    **answers.JUDGES,
     **dict.fromkeys(_MUTATIONS, _mutation),
     **dict.fromkeys(_REPORTS, _report),
 }

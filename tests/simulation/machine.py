@@ -23,11 +23,12 @@ from flowstead.errors import StoreError
 from flowstead.store.codec import FlowWrite
 from flowstead.testing import CALM, Faults, Schedule, Simulation, SqliteFiles
 from flowstead.testing.simulation import Crashed
-from tests.simulation import judge, promises
+from tests.simulation import judge, promises, waits
 from tests.simulation import model as spec
 from tests.simulation.linear import Order
 from tests.simulation.model import Entry, FlowLog, Model, Wrong
 from tests.simulation.operations import ADMIN, OPERATIONS, Call, Spec
+from tests.simulation.mail import DELIVERIES, Channel, OftenDigest
 from tests.simulation.outside import Outside
 from tests.simulation.running import Code
 
@@ -47,6 +48,11 @@ LIMITS = Limits(
     idle_seconds=3.0,
     idle_flows=5,
     watcher_events=8,
+    park_seconds=spec.PARK_SECONDS,
+    signal_lifetime=spec.SIGNAL_LIFETIME,
+    messages=spec.MESSAGES,
+    delivery_seconds=spec.DELIVERY_SECONDS,
+    deliveries=3,
 )
 HEALED_SECONDS = 240.0
 """In this much virtual time after the last fault everything must have come to rest."""
@@ -55,6 +61,13 @@ STOPPED_SECONDS = 30.0
 
 CLOCK_SECONDS = 60.0
 """In this much virtual time a runtime has noticed that the wall clock was put forward."""
+
+_NEED_THE_RECORD = frozenset(
+    {
+        "flow.created", "flow.waiting", "flow.blocked", "flow.resumed", "flow.updated",
+        "task.created", "task.ended",
+    }
+)  # fmt: skip
 
 TAKEN = "took it over"
 """What an overtaken runtime says to whoever asks it for a change."""
@@ -79,9 +92,13 @@ class World:
         directory: Path | None = None,
     ) -> None:
         self.files = None if directory is None else SqliteFiles(directory)
+        self.channel = Channel(self, seed)
         self.simulation = Simulation(
             Schedule(seed=seed, shuffle=shuffle, durability=durability),
             store=None if self.files is None else self._tapped_store,
+            notifier=self.channel,
+            deliveries=DELIVERIES,
+            digest_time=OftenDigest(),
         )
         self.disk = self.simulation.disk
         self.durability = durability
@@ -101,6 +118,7 @@ class World:
         self.overtaken: list[Runtime] = []
         self.made_by: dict[int, Call] = {}
         """The call behind a position of the history, where the event names it."""
+        self.desk = waits.Desk(self)
         self.violations: list[str] = []
         self.seen: Counter[str] = Counter()
         """How often each thing has happened: operations, codes, crashes."""
@@ -119,6 +137,10 @@ class World:
         """The simulated second at which the wall clock was last put wrong, or right."""
         self.calm_since = 0.0
         """The simulated second of the last trouble."""
+        self.overdue: dict[str, float] = {}
+        """Since which simulated second what is due by the clock has been seen waiting."""
+        self.met: dict[int, float] = {}
+        """Since which simulated second a signal has been seen kept for somebody who waits."""
         self.orphans: set[str] = set()
         """Children whose code runs on in a runtime that was overtaken."""
         self._ticks = 0
@@ -157,6 +179,12 @@ class World:
         """Simulated seconds since the beginning, over all processes."""
         loop = self.simulation._loop
         return self.simulation._seconds if loop is None else loop.time()
+
+    @property
+    def wall(self) -> int:
+        """What the wall clock of a process shows now, epoch ms."""
+        clock = self.simulation.clock
+        return clock._start + clock.shift_ms + round(self.seconds * 1000)
 
     @property
     def is_calm(self) -> bool:
@@ -303,6 +331,7 @@ class World:
         self.overtaken.clear()
         self.orphans.clear()
         self.code.bury()
+        self.channel.bury()
         self._committing = False
         self._judge()
 
@@ -326,6 +355,7 @@ class World:
             self.simulation.log.append(f"lost: {name}")
         self.model = Model()
         self.made_by = {at: call for at, call in self.made_by.items() if at <= len(left)}
+        self.desk.cut(len(left))
         for entry in known[: len(left)]:
             self.model.absorb(entry)
         self.touched = {log.key for log in self.model.flows.values()}
@@ -338,6 +368,7 @@ class World:
             if self._committing:
                 self.violations.append("two commits at the same time")
             self._committing = True
+            self.desk.note(writes)
         if stage == ("synced" if self.durability == "full" else "written"):
             self._pull(self.tick())
         if stage == "visible":
@@ -354,7 +385,9 @@ class World:
                 self.violations.append("two commits at the same time")
             self._committing = True
             try:
-                return await commit(writes)
+                position = await commit(writes)
+                self.desk.note(writes)
+                return position
             finally:
                 self._committing = False
                 self._pull(self._commit_tick)
@@ -367,11 +400,13 @@ class World:
         rows = self._rows(len(self.model.entries))
         for position, key, doc in rows:
             event = msgspec.json.decode(doc)
-            entry = Entry(position, key, self._owner_of(key), event, tick, self.seconds)
+            row = self._row_of(key, event)
+            entry = Entry(position, key, self._owner_of(key), event, tick, self.seconds, row)
             try:
                 self.model.absorb(entry)
                 judge.attribute(self, entry)
                 promises.check(self, entry)
+                self.desk.check(entry)
             except Wrong as wrong:
                 self.violations.append(str(wrong))
                 raise
@@ -390,6 +425,25 @@ class World:
             "SELECT position, flow_key, doc FROM events WHERE position > ? ORDER BY position", after
         )
         return [(position, key, doc) for position, key, doc in found]
+
+    def _row_of(self, key: int, event: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of what an event is about, where the event does not say it all."""
+        task_id = event.get("taskId")
+        if event["type"] not in _NEED_THE_RECORD:
+            return None
+        if self.files is None:
+            tables = self.disk.written
+            doc = (
+                tables.flows[key].doc
+                if task_id is None
+                else tables.tasks[tables.task_keys[task_id]].doc
+            )
+        elif task_id is None:
+            [(doc,)] = self._read("SELECT doc FROM flows WHERE key = ?", key)
+        else:
+            [(doc,)] = self._read("SELECT doc FROM tasks WHERE task_id = ?", task_id)
+        found: dict[str, Any] = msgspec.json.decode(doc)
+        return found
 
     def _owner_of(self, key: int) -> str:
         if self.files is None:
@@ -453,7 +507,7 @@ class World:
         await self.begin(asked)
 
     async def _make(self, call: Call) -> None:
-        call.invoked, call.began = self.tick(), self.seconds
+        call.invoked, call.began, began = self.tick(), self.seconds, self.wall
         call.troubled = self._failing or bool(self.overtaken)
         operation = OPERATIONS[call.op]
         try:
@@ -470,6 +524,7 @@ class World:
         call.troubled |= self._failing or bool(self.overtaken)
         if call.op == "cancel":
             call.code_left = self._code_below(call)
+        call.walls = (min(began, self.wall), max(began, self.wall))
         call.returned = self.tick()
         self.answered.append(call)
 
@@ -537,6 +592,7 @@ class World:
     def heal(self) -> None:
         """Stop all faults, let everything come to rest, and see that it has."""
         self.set_faults(CALM)
+        self.channel.is_well = True
         self.simulation.heal()
         if self.is_up and self.overtaken:
             self.kill()

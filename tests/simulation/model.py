@@ -33,7 +33,7 @@ MIRRORED = {
 """The status of a flow that follows one task, by the status of that task."""
 CONTROLLERS = (
     "plan", "raise", "give up", "patient", "bare", "race", "collect", "fall back", "root", "branch", "leaf",
-    "asks", "deaf",
+    "asks", "deaf", "awaits", "selects", "approves", "mailbox", "tells", "lingers",
 )  # fmt: skip
 """Those that the runtimes of a world have code for."""
 NESTED = ("branch", "leaf")
@@ -59,6 +59,12 @@ RACERS = {"stuck": "hang", "napping": "nap", "quick": "progress"}
 PARTS = {"long": "nap", "broken": "fail late", "quick": "succeed", "talking": "progress"}
 """The steps the controller `collect` takes as they come, and what they do."""
 PART_ATTEMPTS = 2
+PARK_SECONDS = 1.0
+SIGNAL_LIFETIME = 25.0
+MESSAGES = 4
+DELIVERY_SECONDS = 3.0
+CONTENDERS = ("reply", "timer", "work")
+"""The steps the controller `selects` lets run against each other."""
 CHAIN = {"main": "work", "main/fallback-1": "fragile", "main/fallback-2": "flaky"}
 """The steps of the controller `fall back`, in the order in which they may be needed."""
 
@@ -72,6 +78,40 @@ class Wrong(AssertionError):
 def canonical(value: Any) -> str:
     """JSON with one spelling, so that it can be compared and hashed."""
     return json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class WaitState:
+    """What a child, or a flow, waits for, and how long: as it was asked for, less what has come due since."""
+
+    kind: str
+    key: str | None = None
+    """The plain fields that a signal has to name."""
+    token: str | None = None
+    inbox: str | None = None
+    deadline: int | None = None
+    on_timeout: str = "fail"
+    reminders: tuple[int, ...] = ()
+    approval: Answer | None = None
+    """The quorum, the items that were asked about, the revision of the flow then, and whether one may forbid it."""
+
+    def is_over(self, at: int) -> bool:
+        """Whether its deadline has passed at an instant."""
+        return self.deadline is not None and self.deadline <= at
+
+    def is_closed(self, at: int) -> bool:
+        """Whether an answer comes too late at an instant; not for one that blocks its flow and stays open."""
+        return self.is_over(at) and self.on_timeout != "block"
+
+
+@dataclass(frozen=True)
+class LetterState:
+    """A message that lies in an inbox until somebody takes it."""
+
+    inbox: str
+    payload: str
+    wants_reply: bool = False
+    expires_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +155,14 @@ class TaskState:
     """How often somebody wanted its next attempt."""
     interruptions: int = 0
     """How often it was cut off by a crash, and started again at once or put back in line."""
+    wait: WaitState | None = None
+    letter: LetterState | None = None
+    given: str = "null"
+    """Its input."""
+    result: str | None = None
+    """What a wait that was answered was answered with."""
+    votes: tuple[tuple[str, str], ...] = ()
+    """Who has voted how on an approval, since it was last edited."""
 
     @property
     def is_active(self) -> bool:
@@ -159,6 +207,17 @@ class FlowState:
     tasks: dict[str, TaskState] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
     """The children that have ended, in the order in which they did."""
+    answer: str = "null"
+    """What its last own wait was answered with."""
+    own: WaitState | None = None
+    """The wait that was set from outside."""
+    awaits: bool = False
+    """Whether its controller stands in a wait."""
+    content: int = 0
+    """The revision at which somebody else than the controller last changed what it holds."""
+    policy: str = "done_only"
+    given_up: tuple[str, ...] = ()
+    """What could not be delivered to its owner."""
 
     @property
     def has_ended(self) -> bool:
@@ -167,6 +226,15 @@ class FlowState:
     @property
     def active(self) -> list[TaskState]:
         return [task for task in self.tasks.values() if task.is_active]
+
+    @property
+    def open_waits(self) -> list[TaskState]:
+        """The children that wait for an answer, oldest first."""
+        return [task for task in self.active if task.wait is not None and not task.carried]
+
+    def letters_in(self, inbox: str | None) -> list[TaskState]:
+        """The messages in an inbox that nobody has taken, oldest first."""
+        return [t for t in self.active if t.letter and t.letter.inbox == inbox and t.status == "queued"]
 
     def run(self, run_id: str | None) -> TaskState | None:
         """The child of that run id."""
@@ -184,7 +252,7 @@ class FlowState:
             self.flow_id, self.owner, self.controller, self.goal, self.correlation, self.revision,
             self.status, self.step, self.state, self.wait, self.blocked_task, self.blocked_summary,
             self.failure, self.intent is not None, self.stopping is not None, self.has_ended, self.mirrored,
-            self.parent_task, self.retry_of,
+            self.parent_task, self.retry_of, self.answer,
         )  # fmt: skip
 
 
@@ -203,6 +271,8 @@ class Entry:
     """The instant of its commit, by the world's count of instants."""
     seconds: float = 0.0
     """The same by the simulated clock, which is never put wrong."""
+    row: dict[str, Any] | None = None
+    """The record of what it is about, as it lay on the disk right after."""
 
     @property
     def type(self) -> str:
@@ -334,6 +404,10 @@ def follow(before: FlowState | None, entry: Entry, model: Model) -> FlowState:
         return _created(entry)
     if before is None:
         raise Wrong(f"a flow begins with {entry}")
+    if kind == "update.failed":
+        if revision != before.revision:
+            raise Wrong(f"news of a channel moved the revision: {entry}")
+        return replace(before, given_up=(*before.given_up, entry.changed["slot"]))
     if kind.startswith("task."):
         if revision != before.revision:
             raise Wrong(f"a child moved the revision: {entry}")
@@ -373,6 +447,36 @@ def _created(entry: Entry) -> FlowState:
         step=told.get("currentStep"),
         state=canonical(told.get("stateJson")),
         wait=canonical(told.get("waitJson")),
+        own=_own_wait(told.get("waitJson"), entry),
+        policy=told["notifyPolicy"],
+    )
+
+
+RESERVED = frozenset({"deadlineAt", "onTimeout", "prompt", "remindAt", "schema", "wakeAt"})
+
+
+def plain_fields(wait: Any) -> str | None:
+    """What a signal has to name to answer a wait that was set from outside."""
+    fields = wait if isinstance(wait, dict) else {}
+    plain = {n: v for n, v in fields.items() if n not in RESERVED and isinstance(v, (str, int, float))}
+    return canonical(plain) if plain else None
+
+
+def _own_wait(wait: Any, entry: Entry) -> WaitState | None:
+    """The wait that was set from outside; None for no wait, or one of the controller's."""
+    if wait is None or entry.actor == "controller":
+        return None
+    fields = wait if isinstance(wait, dict) else {}
+    wakes = fields.get("wakeAt")
+    remind = fields.get("remindAt", [])
+    stored = (entry.row or {}).get("wait") or {}
+    return WaitState(
+        kind="signal",
+        key=plain_fields(wait),
+        token=stored.get("token"),
+        deadline=fields.get("deadlineAt") if wakes is None else wakes,
+        on_timeout=fields.get("onTimeout", "fail" if wakes is None else "resume"),
+        reminders=tuple(sorted(remind if isinstance(remind, list) else [remind])),
     )
 
 
@@ -390,19 +494,45 @@ def _patched(before: FlowState, entry: Entry) -> FlowState:
     ):
         if wire in told:
             fields[name] = told[wire]
-    for wire, name in (("stateJson", "state"), ("waitJson", "wait")):
+    for wire, name in (("stateJson", "state"), ("waitJson", "wait"), ("answerJson", "answer")):
         if wire in told:
             fields[name] = canonical(told[wire])
+    if "waitJson" in told:
+        fields["own"] = _own_wait(told["waitJson"], entry)
+        fields["awaits"] = told["waitJson"] is not None and entry.actor == "controller"
+    elif before.own is not None and entry.type in ("flow.blocked", "flow.reminded"):
+        fields["own"] = _seen_to(before.own, entry)
+    if entry.actor == before.owner and _is_content(told, entry):
+        fields["content"] = entry.event["revision"]
     if "failure" in told:
         fields["failure"] = None if told["failure"] is None else told["failure"]["kind"]
     return replace(before, **fields)
+
+
+def _is_content(told: dict[str, Any], entry: Entry) -> bool:
+    """Whether an event of the owner's has changed what the flow holds."""
+    if not told and entry.type == "flow.updated":
+        # Set to nothing new, or a note of what an approval allows: the history does not say.
+        return (entry.row or {}).get("contentRevision") == entry.event["revision"]
+    is_set = "waitJson" in told and entry.type in ("flow.waiting", "flow.blocked")
+    return is_set or bool({"stateJson", "currentStep"} & told.keys())
+
+
+def _seen_to(wait: WaitState, entry: Entry) -> WaitState:
+    """A wait after its clock has struck: blocked on, or reminded of."""
+    if entry.type == "flow.blocked":
+        return replace(wait, deadline=None, reminders=()) if wait.is_over(entry.event["at"]) else wait
+    return replace(wait, reminders=tuple(at for at in wait.reminders if at > entry.event["at"]))
 
 
 def _check_flow_step(before: FlowState, after: FlowState, entry: Entry) -> None:
     kind = entry.type
     if kind not in _FLOW_STEPS:
         raise Wrong(f"nobody knows such an event: {entry}")
-    if before.intent is not None and kind in ("flow.waiting", "flow.blocked", "flow.resumed"):
+    # What a controller waits for ends with the wish to cancel, and lets it go on to hear of that.
+    if before.intent is not None and kind in ("flow.waiting", "flow.blocked", "flow.resumed") and not (
+        kind == "flow.resumed" and before.awaits
+    ):
         raise Wrong(f"a cancel was requested before: {entry}")
     if kind != "flow.cancel_requested" and before.intent != after.intent:
         raise Wrong(f"the intent changed: {entry}")
@@ -421,13 +551,38 @@ def _check_flow_step(before: FlowState, after: FlowState, entry: Entry) -> None:
         raise Wrong(f"only the runtime enters a registered controller: {entry}")
     if not _FLOW_STEPS[kind](before, after):
         raise Wrong(f"this may not follow on {before.status}: {entry}")
+    _check_own_wait(before, entry)
+
+
+def _check_own_wait(before: FlowState, entry: Entry) -> None:
+    """The clock does to a wait that was set from outside what it was told to, and not before its time."""
+    kind, at, own = entry.type, entry.event["at"], before.own
+    failure = entry.changed.get("failure") or {}
+    if kind == "flow.failed" and (failure.get("kind"), failure.get("code")) == ("timed_out", "wait"):
+        allowed = own is not None and own.is_over(at) and own.on_timeout == "fail"
+    elif kind == "flow.resumed" and (entry.changed.get("answerJson") or {}).get("timedOut"):
+        allowed = own is not None and own.is_over(at) and own.on_timeout == "resume"
+    elif kind == "flow.resumed" and "answerJson" in entry.changed:
+        allowed = own is not None and not own.is_closed(at)
+    elif kind == "flow.reminded":
+        allowed = own is not None and bool(own.reminders) and own.reminders[0] <= at
+    else:
+        return
+    if not allowed:
+        raise Wrong(f"its wait is {own}: {entry}")
 
 
 _FLOW_STEPS: dict[str, Callable[[FlowState, FlowState], bool]] = {
-    "flow.started": lambda b, a: (b.status, a.status) == ("queued", "running"),
+    "flow.started": lambda b, a: (
+        (b.status, a.status) == ("queued", "running")
+        # Its process ended while it stood in a wait: it is on its way there again.
+        or (b.awaits and (b.status, a.status) in (("waiting", "running"), ("blocked", "blocked")))
+    ),
     "flow.waiting": lambda b, a: a.status == "waiting",
     "flow.blocked": lambda b, a: a.status == "blocked",
     "flow.resumed": lambda b, a: a.status in ("queued", "running"),
+    "flow.parked": lambda b, a: b.awaits and b.status == a.status and a.status in ("waiting", "blocked"),
+    "flow.reminded": lambda b, a: b.status == a.status,
     "flow.updated": lambda b, a: b.status == a.status,
     "flow.cancel_requested": lambda b, a: b.status == a.status and b.intent is None,
     "flow.cancel_started": lambda b, a: b.status == a.status and None not in (b.intent, a.stopping),
@@ -492,7 +647,9 @@ def _new_task(flow: FlowState, entry: Entry, model: Model) -> TaskState:
         raise Wrong(f"two children of one run id: {entry}")
     if told["status"] in FINAL_TASKS:
         return _carried_task(flow, entry, model)
-    if len(flow.active) >= ACTIVE_CHILDREN:
+    row = entry.row or {}
+    wait, letter = _wait_in(row), _letter_in(row)
+    if letter is None and len(flow.active) >= ACTIVE_CHILDREN:
         raise Wrong(f"more active children than allowed: {entry}")
     if told.get("childFlowId") is not None and flow.depth >= NESTED_DEPTH:
         raise Wrong(f"nested deeper than allowed: {entry}")
@@ -506,10 +663,51 @@ def _new_task(flow: FlowState, entry: Entry, model: Model) -> TaskState:
         created_at=entry.event["at"],
         created_since=entry.seconds,
         has_started=told["status"] == "running",
+        wait=wait,
+        letter=letter,
+        given=canonical(row.get("inputJson")),
     )
     if flow.controller == "fall back" and entry.actor == "controller":
         _check_fallback_is_needed(flow, task, entry)
     return task
+
+
+def _wait_in(row: dict[str, Any]) -> WaitState | None:
+    """What a child waits for, by its record."""
+    wait = row.get("wait")
+    if wait is None:
+        return None
+    approval = wait.get("approval")
+    return WaitState(
+        kind=wait["kind"],
+        key=canonical(wait["key"]) if "key" in wait else None,
+        token=wait.get("token"),
+        inbox=wait.get("inbox"),
+        deadline=wait.get("deadlineAt"),
+        on_timeout=wait.get("onTimeout", "fail"),
+        reminders=tuple(wait.get("remindAt", ())),
+        approval=None
+        if approval is None
+        else (
+            approval.get("quorum", 1),
+            canonical(approval.get("asked", approval["items"])),
+            approval.get("revision", 0),
+            bool(approval.get("veto", ["*"])),
+        ),
+    )
+
+
+def _letter_in(row: dict[str, Any]) -> LetterState | None:
+    """The message that a child brings, by its record."""
+    letter = row.get("letter")
+    if letter is None:
+        return None
+    return LetterState(
+        inbox=letter["inbox"],
+        payload=canonical(row.get("inputJson")),
+        wants_reply=letter.get("wantsReply", False),
+        expires_at=letter.get("expiresAt"),
+    )
 
 
 def _carried_task(flow: FlowState, entry: Entry, model: Model) -> TaskState:
@@ -529,6 +727,8 @@ def _carried_task(flow: FlowState, entry: Entry, model: Model) -> TaskState:
                 attempt=0,
                 child_flow=None,
                 ended_at=None,
+                wait=None,
+                letter=None,
             )
     raise Wrong(f"it never ended like that: {entry}")
 
@@ -551,6 +751,8 @@ def _task_after(before: TaskState, entry: Entry) -> TaskState:
             fields[name] = told[wire]
     if "failure" in told:
         fields["failure"] = failure_in(told["failure"])
+    if before.wait is not None:
+        fields |= _waited(before, before.wait, entry)
     if entry.type == "task.retry_scheduled":
         fields.update(retries=before.retries + 1, due_since=entry.seconds)
     if entry.type == "task.retry_requested":
@@ -566,6 +768,23 @@ def _task_after(before: TaskState, entry: Entry) -> TaskState:
     return replace(before, **fields)
 
 
+def _waited(before: TaskState, wait: WaitState, entry: Entry) -> dict[str, Any]:
+    """What an event has done to a wait."""
+    match entry.type:
+        case "task.overdue":
+            return {"wait": replace(wait, deadline=None, reminders=())}
+        case "task.reminded":
+            left = tuple(at for at in wait.reminders if at > entry.event["at"])
+            return {"wait": replace(wait, reminders=left)}
+        case "task.voted":
+            vote = (entry.changed["approver"], entry.changed["vote"])
+            return {"votes": (vote,) if vote[1] == "edit" else (*before.votes, vote)}
+        case "task.ended" if entry.changed["status"] == "succeeded":
+            return {"result": canonical((entry.row or {}).get("resultJson"))}
+        case _:
+            return {}
+
+
 def failure_in(told: dict[str, Any] | None) -> Answer | None:
     """A failure as the specification knows it: without the words for people."""
     return None if told is None else (told["kind"], told.get("code"), told.get("category"))
@@ -573,6 +792,9 @@ def failure_in(told: dict[str, Any] | None) -> Answer | None:
 
 def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry: Entry) -> None:
     kind, status = entry.type, (before.status, after.status)
+    if before.wait is not None:
+        _check_wait_step(flow, before, before.wait, after, entry)
+        return
     halted = flow.has_ended or flow.intent is not None
     gained = after.attempt - before.attempt
     if kind == "task.started":
@@ -585,6 +807,9 @@ def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry
             allowed = status == ("queued", "running") and gained == 0 and flow.intent is None
     elif kind == "task.ended":
         allowed = after.status in FINAL_TASKS and not after.is_active
+    elif kind == "task.taken":
+        wants_reply = before.letter is not None and before.letter.wants_reply
+        allowed = wants_reply and status == ("queued", "running") and not halted
     elif kind == "task.progressed":
         allowed = before.status == after.status and gained == 0
     elif kind in _STEPS_OF_LAUNCHED:
@@ -601,6 +826,98 @@ def _check_task_step(flow: FlowState, before: TaskState, after: TaskState, entry
     _check_rungs(before, after, entry)
     if after.interruptions > INTERRUPTIONS:
         raise Wrong(f"cut off {after.interruptions} times, and started all the same: {entry}")
+
+
+def _check_wait_step(
+    flow: FlowState, before: TaskState, wait: WaitState, after: TaskState, entry: Entry
+) -> None:
+    """A wait stands still until it is over, and what the clock does to it is not done before its time."""
+    kind, at = entry.type, entry.event["at"]
+    halted = flow.has_ended or flow.intent is not None
+    if kind == "task.ended":
+        allowed = not after.is_active and _may_end_so(wait, after, at, halted=halted)
+    elif kind == "task.reminded":
+        allowed = bool(wait.reminders) and wait.reminders[0] <= at and not wait.is_over(at)
+    elif kind == "task.overdue":
+        allowed = wait.is_over(at) and wait.on_timeout == "block" and wait.kind in ("signal", "message")
+    elif kind == "task.voted":
+        allowed = wait.kind == "approval" and not wait.is_over(at) and not halted
+        allowed = allowed and not _has_changed_since(flow, wait)
+    else:
+        allowed = False
+    if not allowed or (kind != "task.ended" and after.status != "queued"):
+        raise Wrong(f"this may not follow on {before}: {entry}")
+    if kind == "task.ended" and wait.kind == "approval" and after.status == "succeeded":
+        _check_verdict(flow, before, after, entry)
+    if kind == "task.ended" and wait.inbox and after.status == "succeeded":
+        _check_letter_is_oldest(flow, wait, after, entry)
+
+
+def _has_changed_since(flow: FlowState, wait: WaitState) -> bool:
+    """Whether somebody else than the controller has changed the flow since an approval was asked for."""
+    return wait.approval is not None and flow.content > wait.approval[2]
+
+
+def _may_end_so(wait: WaitState, after: TaskState, at: int, *, halted: bool) -> bool:
+    """Answered in time, or over when its time was, or withdrawn."""
+    match after.status:
+        case "cancelled":
+            return True
+        case "succeeded" if wait.kind == "timer":
+            return wait.is_over(at) and not halted
+        case "succeeded" if wait.kind == "approval":
+            return not halted
+        case "succeeded":
+            return not wait.is_closed(at) and not halted
+        case "timed_out":
+            ends = wait.kind in ("signal", "message") and wait.on_timeout != "block"
+            return ends and wait.is_over(at) and not halted
+        case _:
+            return False
+
+
+def _check_verdict(flow: FlowState, before: TaskState, after: TaskState, entry: Entry) -> None:
+    """An approval comes out as its votes say, unless its time is over or the flow is not what it was."""
+    assert before.wait is not None and before.wait.approval is not None
+    told = json.loads(after.result or "null")
+    quorum, asked, _, has_veto = before.wait.approval
+    votes = [kind for _, kind in before.votes]
+    against = votes.count("reject")
+    over, changed = before.wait.is_over(entry.event["at"]), _has_changed_since(flow, before.wait)
+    if against and (has_veto or against >= quorum):
+        expected = "rejected"
+    elif len(votes) - against >= quorum:
+        expected = "approved"
+    else:
+        expected = "expired" if over else "stale"
+    if told["verdict"] != expected or (expected == "stale" and not changed):
+        raise Wrong(f"it is {expected}, by {before}, of {flow}: {entry}, {told}")
+    if expected == "approved" and len({who for who, _ in before.votes}) < quorum:
+        raise Wrong(f"somebody has voted twice: {before}, {entry}")
+    if "edit" not in votes and canonical(told["items"]) != asked:
+        raise Wrong(f"it was asked about {asked}: {told}")
+
+
+def _check_letter_is_oldest(
+    flow: FlowState, wait: WaitState, after: TaskState, entry: Entry
+) -> None:
+    """Of the messages in an inbox the oldest is taken first."""
+    if wait.kind != "message":
+        return
+    told = json.loads(after.result or "null")
+    if told["id"] is None:
+        return  # somebody had its token
+    taken = flow.tasks[told["id"]]
+    # It has been recorded as taken right before. Of two that came at the same time either may be first.
+    order = list(flow.tasks)
+    earlier = [
+        task
+        for task in flow.letters_in(wait.inbox)
+        if order.index(task.task_id) < order.index(taken.task_id)
+        and int(task.task_id[5:]) < int(taken.task_id[5:])
+    ]
+    if (lying := earlier) and taken.task_id != lying[0].task_id:
+        raise Wrong(f"{lying} came before it: {entry}, {told}")
 
 
 _STEPS_OF_LAUNCHED = {
@@ -712,10 +1029,21 @@ def _check_fallback(flow: FlowState, entry: Entry) -> None:
         raise Wrong(f"there are fallbacks left after {begun}: {entry}")
 
 
+def _check_selection(flow: FlowState, entry: Entry) -> None:
+    """The first to end has won, however it ended; the others are withdrawn, or have ended since."""
+    said, ended = _said(entry), _ended_among(flow, CONTENDERS)
+    if "winner" in said and [said["winner"]] != [task.run_id for task in ended[:1]]:
+        raise Wrong(f"they ended as {[task.run_id for task in ended]}: {entry}")
+    left = [t for t in flow.active if t.run_id in CONTENDERS and t.asked_to_stop_at is None]
+    if "winner" in said and left:
+        raise Wrong(f"not every loser was withdrawn: {left}, {entry}")
+
+
 _CONTROLLERS_SAY: dict[str, Callable[[FlowState, Entry], None]] = {
     "race": _check_race,
     "collect": _check_collection,
     "fall back": _check_fallback,
+    "selects": _check_selection,
 }
 
 
@@ -812,6 +1140,10 @@ def expect_report(state: FlowState | None, op: str, task_id: str, args: dict[str
         return ("nothing",)
     if not task.is_active:
         return ("seen", task.view())
+    if task.wait is not None or (task.letter is not None and task.status == "queued"):
+        return (REFUSED, "not_linked")
+    if op == "progress_task" and task.letter is not None:
+        return (REFUSED, "not_linked")
     if op == "progress_task":
         return ("changed", replace(task, progress=args.get("summary") or task.progress).view())
     if task.launched:

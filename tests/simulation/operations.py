@@ -6,6 +6,7 @@ hypothesis; what the choices mean (the newest flow, the right revision) is settl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -52,6 +53,8 @@ class Call:
     code_left: list[str] = field(default_factory=list)
     began: float = 0.0
     """The simulated second at which it was made; 0 before that."""
+    walls: tuple[int, int] = (0, 0)
+    """What the wall clock showed when it was made, and when it was answered, the earlier first."""
     owed: int = 0
     """How many events a watcher has to be told before it goes."""
 
@@ -99,13 +102,26 @@ KINDS = (
 _QUEUE_TIMEOUT = (None,) * 6 + (1.0, 4.0)
 
 
+_WAIT = ("plain", "plain", "thread", "deadline", "deadline", "wake", "remind", "bad")
+_BY = ("key", "key", "key", "key", "name", "name", "own", "own", "token")
+_SIGNAL: Choices = {
+    **_FLOW,
+    "by": _BY,
+    "key": ("A", "A", "B", "B", "C", "C", "own", "own", "nearly", "nobody"),
+    "step": ("answer", "answer", "again", "reply", "reply", "maybe", "nap", "approval", "none such"),
+    "id": (None, None, None, None, "s1", "s2", "s3"),
+    "lifetime": ("usual", "usual", None, 2.0, 12.0),
+    "which": (0, 0, 0, 1, 2),
+}
+
+
 _CATCH_UP_SECONDS = 5.0
 
 
 def _mutation(op: str) -> Callable[[World, Call, Any], Awaitable[Any]]:
     async def run(world: World, call: Call, flows: Any) -> Any:
         args = {name: value for name, value in call.args.items() if name not in ("defect", "bad")}
-        if "defect" in call.args:
+        if "bad" in call.args:
             args["state_json"] = call.args["bad"]
         return await getattr(flows, op)(flow_id=call.flow_id, **args)
 
@@ -163,6 +179,44 @@ async def _retry_task(world: World, call: Call, flows: Any) -> Any:
     if "defect" in call.args:
         args["input_json"] = call.args["bad"]
     return await flows.retry_task(call.task_id, **args)
+
+
+async def _signal(world: World, call: Call, flows: Any) -> Any:
+    args = {name: call.args[name] for name in ("payload", "id", "name", "token") if name in call.args}
+    if "lifetime" in call.args:
+        args["lifetime"] = call.args["lifetime"]
+    if "fields" in call.args:
+        args["key"] = json.loads(call.args["fields"])
+    if call.flow_id is not None:
+        args["flow_id"] = call.flow_id
+    return await flows.signal(**args)
+
+
+async def _answer(world: World, call: Call, flows: Any) -> Any:
+    args = {name: call.args[name] for name in ("payload", "id") if name in call.args}
+    return await call.runtime.answer(call.args["token"], **args)
+
+
+async def _tell(world: World, call: Call, flows: Any) -> Any:
+    args = {name: call.args[name] for name in ("inbox", "id") if name in call.args}
+    return await flows.tell(call.flow_id, call.args["message"], **args)
+
+
+async def _ask(world: World, call: Call, flows: Any) -> Any:
+    return await flows.ask(call.flow_id, call.args["message"], inbox=call.args["inbox"])
+
+
+async def _vote(world: World, call: Call, flows: Any) -> Any:
+    args = {name: value for name, value in call.args.items() if name != "decision"}
+    return await flows.vote(call.args["decision"], flow_id=call.flow_id, **args)
+
+
+async def _list_updates(world: World, call: Call, flows: Any) -> Any:
+    return await flows.list_updates(limit=1000)
+
+
+async def _list_waits(world: World, call: Call, flows: Any) -> Any:
+    return await flows.list_waits(limit=1000)
 
 
 async def _find_latest(world: World, call: Call, flows: Any) -> Any:
@@ -225,8 +279,11 @@ OPERATIONS: dict[str, Operation] = {
             "owner": (OWNERS[0], OWNERS[0], OWNERS[1]),
             "controller": (
                 "shop/triage", "shop/triage", "plan", "plan", "raise", "give up", "patient", "bare",
-                "race", "collect", "fall back", "root", "root", "asks", "deaf",
+                "race", "collect", "fall back", "root", "root", "asks", "deaf", "awaits", "awaits",
+                "selects", "selects", "approves", "mailbox", "tells", "lingers",
             ),
+            "policy": ("done_only", "done_only", "state_changes", "state_changes", "silent"),
+            "wait": _WAIT,
             "given": (None, None, None, "mine-1", "mine-2"),
             "key": (None, None, None, "K1", "K2"),
             "variant": ("x", "x", "x", "y"),
@@ -329,7 +386,13 @@ OPERATIONS: dict[str, Operation] = {
         {**_READ_TASK, **_GRACE}, _of_task("cancel_task"), mutates=True
     ),
     "set_waiting": Operation(
-        {**_FLOW, **_PATCH, "blocked": ("no", "no", "task", "summary")},
+        {
+            **_FLOW,
+            **_PATCH,
+            "blocked": ("no", "no", "task", "summary"),
+            "wait": _WAIT,
+            "on_timeout": ("fail", "resume", "resume", "block"),
+        },
         _mutation("set_waiting"),
         mutates=True,
     ),
@@ -341,6 +404,27 @@ OPERATIONS: dict[str, Operation] = {
     "fail": Operation(
         {**_FLOW, **_PATCH, "blocked": ("no", "task", "summary")}, _mutation("fail"), mutates=True
     ),
+    "signal": Operation(_SIGNAL, _signal, mutates=True),
+    "answer": Operation({**_SIGNAL, "by": ("token",)}, _answer, mutates=True),
+    "tell": Operation(
+        {**_FLOW, "inbox": ("inbox",) * 4 + ("other",), "id": (None, None, "m1", "m2")},
+        _tell,
+        mutates=True,
+    ),
+    "ask": Operation({**_FLOW, "inbox": ("inbox",) * 4 + ("other",)}, _ask, mutates=True),
+    "vote": Operation(
+        {
+            **_FLOW,
+            "decision": ("approve",) * 6 + ("reject", "edit"),
+            "approver": ("ann", "ann", "bob", "bob", "cy", ""),
+            "digest": ("right",) * 5 + ("first", "wrong"),
+            "to": ("name", "name", "token"),
+        },
+        _vote,
+        mutates=True,
+    ),
+    "list_waits": Operation({"whose": ("own", "own", "foreign"), "flow": (0, 1)}, _list_waits),
+    "list_updates": Operation({"whose": ("own", "own", "foreign"), "flow": (0, 1)}, _list_updates),
     "request_cancel": Operation(
         {**_FLOW, "revision": _PATCH["revision"]}, _mutation("request_cancel"), mutates=True
     ),
@@ -354,7 +438,7 @@ OPERATIONS: dict[str, Operation] = {
 WEIGHTS = {
     "create_managed": 6, "run_task": 9, "set_waiting": 3, "resume": 3, "update": 5, "cancel": 4,
     "start_task": 2, "complete_task": 3, "progress_task": 2, "get": 3, "list": 2, "retry_task": 3,
-    "spawn_detached": 2, "retry_flow": 3, "cancel_task": 2,
+    "spawn_detached": 2, "retry_flow": 3, "cancel_task": 2, "signal": 8, "tell": 2, "vote": 3,
 }  # fmt: skip
 WEIGHTED = tuple(name for name in OPERATIONS for _ in range(WEIGHTS.get(name, 1)))
 

@@ -22,6 +22,7 @@ from flowstead import (
 from tests.simulation import judge
 from tests.simulation import model as spec
 from tests.simulation.outside import ProgramExecutor
+from tests.simulation.waiting import Waiting
 
 if TYPE_CHECKING:
     from tests.simulation.machine import World
@@ -58,6 +59,7 @@ class Code:
         """The process and the attempt of each time that a child's code began."""
         self.hanging: dict[str, asyncio.Event] = {}
         self.gates_open = False
+        self.waiting = Waiting(world)
 
     def registry(self) -> Registry:
         """Everything that can be run here."""
@@ -86,6 +88,7 @@ class Code:
             ("leaf", self._leaf),
             ("asks", self._ask),
             ("deaf", self._do_not_listen),
+            *self.waiting.all().items(),
         ):
             registry.controller(name)(drive)
         return registry

@@ -300,6 +300,143 @@ def detached(world: World, random: Random) -> int:
     return 2
 
 
+def signals(world: World, random: Random) -> int:
+    """Signals before anybody waits and while several do: again, late, for others, by every way there is."""
+    sent = _GENTLE | {"id": random.choice((None, None, "once", "s1")), "lifetime": random.choice(("usual", 2.0))}
+    if random.random() < 0.4:
+        _signal(world, random, **sent)
+    flows = [new_flow(world, random, random.choice(_STANDING)) for _ in range(random.randint(1, 2))]
+    flow = next(filter(None, flows), None)
+    if flow is None:
+        return 2
+    something_happens(world, random)
+    for _ in range(random.randint(1, 3)):
+        if world.is_up:
+            count = random.choice((1, 1, 2, 3))
+            world.call(*(_signal_spec(random, flow, **sent) for _ in range(count)))
+        if random.random() < 0.6:
+            something_happens(world, random)
+    call(world, random, "list_waits", flow=flow)
+    return 5
+
+
+_STANDING = ("awaits", "awaits", "selects", "lingers", "tells")
+_GENTLE: dict[str, object] = {"whose": "own"}
+
+
+def _signal_spec(random: Random, flow: object = 0, **given: object) -> Spec:
+    op = random.choice(("signal",) * 5 + ("answer",))
+    by = "token" if op == "answer" else random.choice(("key", "key", "key", "name", "token"))
+    key = random.choice(("A", "A", "B", "B", "C"))
+    step = random.choice(("answer", "reply", "again", "maybe"))
+    usual = {"flow": flow, "by": by, "key": key, "step": step, "which": 0, **given}
+    return asked(random, op, **(usual | {"by": "token"} if op == "answer" else usual))
+
+
+def _signal(world: World, random: Random, **given: object) -> None:
+    if world.is_up:
+        world.call(_signal_spec(random, **given))
+
+
+def stand(world: World, random: Random) -> int:
+    """Controllers that stand still long enough to leave, are woken while they do, and whose process dies."""
+    flows = [new_flow(world, random, random.choice(("awaits", "selects"))) for _ in range(2)]
+    if world.is_up:
+        world.advance(random.choice((0.9, 0.99, 1.0, 1.01, 1.5)))
+    if random.random() < 0.5 and world.is_up:
+        world.crash_after(random.randrange(1, 60))
+    if world.is_up:
+        world.call(*(_signal_spec(random, flow or 0, whose="own") for flow in flows * 2))
+    something_happens(world, random)
+    if random.random() < 0.3:
+        way = random.choice(("resume", "set_waiting", "request_cancel", "cancel_task", "update"))
+        call(world, random, way, flow=flows[0] or 0, task=newest_task(world) or 0, revision="right",
+             state="unset", grace=1.0)  # fmt: skip
+        something_happens(world, random)
+    for key in ("A", "B", "C"):
+        _signal(world, random, by="key", key=key, whose="own")
+    return 6
+
+
+def deadlines(world: World, random: Random) -> int:
+    """Waits of the flow itself, over in one way or another: answered, too late, while nobody lives."""
+    for wait in random.sample(("deadline", "deadline", "wake", "remind", "thread"), 2):
+        controller = random.choice(("shop/triage", "shop/triage", "tells"))
+        flow = new_flow(world, random, controller)
+        if flow is None:
+            return 2
+        call(world, random, "set_waiting", flow=flow, revision="right", wait=wait, state="unset",
+             blocked=random.choice(("no", "no", "summary")))  # fmt: skip
+        if random.random() < 0.4:
+            _signal(world, random, flow=flow, by=random.choice(("own", "token", "key")), key="own")
+    something_happens(world, random)
+    if world.is_up:
+        world.advance(random.choice((2.0, 3.0, 3.5)))
+    for _ in range(2):
+        by = random.choice(("own", "token", "key"))
+        _signal(world, random, flow=random.choice((0, 1)), by=by, key="own", whose="own")
+    return 7
+
+
+def approve(world: World, random: Random) -> int:
+    """An approval: voted on early, twice, by nobody who may; and a flow that somebody changes meanwhile."""
+    flow = new_flow(world, random, "approves")
+    if flow is None:
+        return 1
+    for _ in range(random.randint(2, 5)):
+        if random.random() < 0.5:
+            something_happens(world, random)
+        if random.random() < 0.12:
+            call(world, random, "update", flow=flow, revision="right", state="small")
+        if world.is_up:
+            votes = random.choice((1, 1, 2))
+            digest = random.choice(("right", "right", "right", "first", "wrong"))
+            kind = random.choice(("approve",) * 8 + ("reject", "edit"))
+            world.call(
+                *(asked(random, "vote", flow=flow, decision=kind, digest=digest) for _ in range(votes))
+            )
+    something_happens(world, random)
+    return 5
+
+
+def mail(world: World, random: Random) -> int:
+    """Messages to a flow that takes some of them, and answers."""
+    flow = new_flow(world, random, "mailbox")
+    if flow is None:
+        return 1
+    for _ in range(random.randint(1, 3)):
+        ops = [random.choice(("tell", "tell", "ask")) for _ in range(random.choice((1, 2, 3)))]
+        if world.is_up:
+            world.call(*(asked(random, op, flow=flow, inbox="inbox") for op in ops), patience=2.0)
+        if random.random() < 0.6:
+            something_happens(world, random)
+    return 5
+
+
+def early(world: World, random: Random) -> int:
+    """Signals, votes and messages for a flow whose controller has not begun."""
+    controller = random.choice(("awaits", "selects", "approves", "mailbox"))
+    call(world, random, "create_managed", given=None, key=None, controller=controller, status="waiting")
+    logs = world.flows_of(ADMIN)
+    if not logs or not world.is_up:
+        return 1
+    flow = logs[0].now.flow_id
+    for _ in range(random.randint(1, 4)):
+        if controller == "approves":
+            call(world, random, "vote", flow=flow, decision="approve", to="name", digest="first")
+        elif controller == "mailbox":
+            call(world, random, "tell", flow=flow, inbox="inbox")
+        else:
+            step = random.choice(("answer", "reply"))
+            _signal(world, random, flow=flow, by="name", step=step, whose="own")
+    if random.random() < 0.5:
+        something_happens(world, random)
+    call(world, random, "resume", flow=flow, revision="right", state="unset", status="queued")
+    something_happens(world, random)
+    return 6
+
+
 SCENES: tuple[Callable[[World, Random], int], ...] = (
     review, tree, tree, ladder, ladder, rush_for_slots, again, programs, detached, fail, oversleep,
+    signals, signals, stand, stand, deadlines, approve, approve, mail, early,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from flowstead import Step, Succeeded, code_source, controller, verbs
 from flowstead.engine import supervisor
 from flowstead.engine.actor import Actor
 from flowstead.engine.child_scope import ChildScope
+from flowstead.engine.desk import Desk, Lanes, write_alone
 from flowstead.engine.engine import Engine
 from flowstead.engine.feed import Watcher
 from flowstead.engine.slots import Slots
@@ -21,24 +23,35 @@ from flowstead.engine.timers import Timers
 from flowstead.executors import Call
 from flowstead.model.command import Cancel, Create
 from flowstead.model.effect import StartTask
+from flowstead.model.flow import has_ended
 from flowstead.model.task import TaskStatus
+from flowstead.model.update import DONE
 from flowstead.nested import NestedRunner
 from flowstead.rules import (
+    answers,
+    approvals,
     classify,
     decide,
     decide_tasks,
+    due_waits,
     endings,
     follow,
     ladder,
     mirror,
+    news,
     recovery,
     review,
     stops,
+    waits,
 )
+from flowstead.rules.children import Children
 from flowstead.rules.turn import Turn
 from flowstead.rules.view import NOTHING
 from flowstead.scoped import ScopedFlows
 from flowstead.step import Completed
+from flowstead.store import codec
+from flowstead.store.codec import FlowWrite
+from flowstead.store.memory_waits import MemoryWaits
 from flowstead.testing.disk import Disk, SimulatedStore
 from tests.simulation import programs, scenes
 
@@ -413,6 +426,124 @@ def report_that_all_is_well(plant: pytest.MonkeyPatch) -> None:
     plant.setattr(verbs, "_refusal_of", lambda flow, *given, **more: None)
 
 
+def look_up_without_keeping_order(plant: pytest.MonkeyPatch) -> None:
+    put = Lanes.put
+    plant.setattr(Lanes, "put", lambda self, key, job: put(self, object(), job))
+
+
+def open_waits_without_looking_what_is_kept(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(Desk, "opened", lambda self, key, wait_key: None)
+
+
+def hand_over_the_newest(plant: pytest.MonkeyPatch) -> None:
+    kept = MemoryWaits._kept
+    plant.setattr(MemoryWaits, "_kept", lambda self, *given: kept(self, *given)[::-1])
+
+
+def wake_one_of_those_who_wait(plant: pytest.MonkeyPatch) -> None:
+    wake = Desk._wake
+    plant.setattr(Desk, "_wake", lambda self, signal, flows: wake(self, signal, flows[:1]))
+
+
+def count_an_id_twice(plant: pytest.MonkeyPatch) -> None:
+    take_in = Desk.take_in
+
+    async def forgetful(self: Desk, signal: Any) -> Any:
+        return await take_in(self, msgspec.structs.replace(signal, signal_id=None))
+
+    plant.setattr(Desk, "take_in", forgetful)
+
+
+def take_what_comes_too_late(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(answers, "_is_over", lambda wait, now: False)
+
+
+def fire_timers_twice(plant: pytest.MonkeyPatch) -> None:
+    see_to = due_waits.see_to
+
+    def twice(view: Any, flow: Any, overdue: Any) -> Any:
+        found = see_to(view, flow, overdue)
+        fired = [fact for fact in found.facts if fact.type == "task.ended"]
+        return msgspec.structs.replace(found, facts=(*found.facts, *fired))
+
+    plant.setattr(due_waits, "see_to", twice)
+
+
+def fire_timers_early(plant: pytest.MonkeyPatch) -> None:
+    due_at = ladder.wait_due_at
+
+    def hasty(wait: Any) -> Any:
+        at = due_at(wait)
+        return None if at is None else at - 500
+
+    plant.setattr(ladder, "wait_due_at", hasty)
+    plant.setattr(
+        due_waits,
+        "_is_over",
+        lambda wait, now: wait.deadline_at is not None and wait.deadline_at <= now + 500,
+    )
+
+
+def wake_without_entering_again(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(waits, "enter_controller", lambda view, flow: ())
+
+
+def wake_nobody(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(waits, "wake", lambda view: NOTHING)
+
+
+def tell_the_end_afterwards(plant: pytest.MonkeyPatch) -> None:
+    """In a transaction of its own."""
+    updates, committed = Turn.updates, Actor.committed
+
+    def silent(self: Turn) -> Any:
+        return [update for update in updates(self) if update.slot != DONE]
+
+    def late(self: Actor, first_position: int) -> None:
+        before, around = self._flow, self._around
+        committed(self, first_position)
+        flow = self._flow
+        if flow is None or not has_ended(flow) or (before is not None and has_ended(before)):
+            return
+        [told] = news.of_change(before, flow)
+        done = news.addressed(told, flow, key=around.new_key(), now=around.clock.now())
+        rows = (codec.update_row(done, fresh=True),)
+        write = write_alone(around.committer, FlowWrite(None, (), (), (), rows))
+        around.__dict__.setdefault("late", []).append(asyncio.ensure_future(write))
+
+    plant.setattr(Turn, "updates", silent)
+    plant.setattr(Actor, "committed", late)
+
+
+def allow_what_was_approved_for_ever(plant: pytest.MonkeyPatch) -> None:
+    use_grant = decide_tasks.use_grant
+
+    def lavish(grant: Any, **given: Any) -> Any:
+        unused = None if grant is None else msgspec.structs.replace(grant, used_by=None)
+        return use_grant(unused, **given)
+
+    plant.setattr(decide_tasks, "use_grant", lavish)
+
+
+def allow_something_else(plant: pytest.MonkeyPatch) -> None:
+    use_grant = decide_tasks.use_grant
+
+    def careless(grant: Any, *, items_digest: str, **given: Any) -> Any:
+        items_digest = items_digest if grant is None else grant.items_digest
+        return use_grant(grant, items_digest=items_digest, **given)
+
+    plant.setattr(decide_tasks, "use_grant", careless)
+
+
+def count_whoever_votes_again(plant: pytest.MonkeyPatch) -> None:
+    plant.setattr(approvals, "_who_is_wrong", lambda approval, vote: None)
+
+
+def take_the_newest_letter(plant: pytest.MonkeyPatch) -> None:
+    letters_in = Children.letters_in
+    plant.setattr(Children, "letters_in", lambda self, inbox: letters_in(self, inbox)[::-1])
+
+
 PLANTED: tuple[Plant, ...] = (
     answer_before_the_commit,
     take_no_notice_of_revisions,
@@ -463,6 +594,21 @@ IN_A_SCENE: tuple[tuple[Plant, Scene], ...] = (
     (report_on_children_only, scenes.tree),
     (begin_again_with_nothing, scenes.again),
     (follow_no_task, scenes.detached),
+    (look_up_without_keeping_order, scenes.signals),
+    (open_waits_without_looking_what_is_kept, scenes.signals),
+    (hand_over_the_newest, scenes.signals),
+    (wake_one_of_those_who_wait, scenes.stand),
+    (count_an_id_twice, scenes.signals),
+    (take_what_comes_too_late, scenes.stand),
+    (fire_timers_twice, scenes.stand),
+    (fire_timers_early, scenes.stand),
+    (wake_without_entering_again, scenes.stand),
+    (wake_nobody, scenes.stand),
+    (tell_the_end_afterwards, scenes.again),
+    (allow_what_was_approved_for_ever, scenes.approve),
+    (allow_something_else, scenes.approve),
+    (count_whoever_votes_again, scenes.approve),
+    (take_the_newest_letter, scenes.mail),
 )
 """Faults with the play in which they show, as chance alone would stage it too seldom."""
 

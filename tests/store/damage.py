@@ -20,11 +20,26 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from flowstead.errors import StoreError
-from flowstead.model.flow import FlowKey, FlowStatus
+from flowstead.model.flow import FlowKey, FlowStatus, StoredFlow
 from flowstead.model.task import TaskStatus
-from flowstead.store.port import EVERYONE, FlowQuery, Scope, Snapshot
+from flowstead.rules.wait_keys import token_digest
+from flowstead.store import schema
+from flowstead.store.port import EVERYONE, FlowQuery, Scope, Snapshot, WaitLookup
 from flowstead.store.sqlite import SqliteStore
-from tests.store.rows import HOSTILE, NOW, changes, creates, flow_of, put, task_of
+from tests.store.rows import (
+    HOSTILE,
+    NOW,
+    changes,
+    creates,
+    flow_of,
+    key_for,
+    put,
+    put_signal,
+    put_update,
+    signals,
+    task_of,
+    wait_of,
+)
 
 PAGE = 4096
 TABLE_LEAF, TABLE_INTERIOR, INDEX_LEAF, INDEX_INTERIOR = 13, 5, 10, 2
@@ -85,6 +100,9 @@ async def _fill(store: SqliteStore, count: int) -> None:
             idempotency_key=f"once-{n}",
             goal=texts[n % len(texts)],
             state_json=Raw(b'{"count":%d,"text":"%s"}' % (1000 + n, b"s" * (n * 300))),
+            wait_key=_key(n) if n % 2 == 0 else None,
+            wait_token=token_digest(f"own-{n}") if n % 2 == 0 else None,
+            wait_json=Raw(b'{"kind":"reply"}'),
         )
         tasks = [
             task_of(
@@ -99,8 +117,38 @@ async def _fill(store: SqliteStore, count: int) -> None:
             )
             for m in range(3)
         ]
+        if n % 4 == 0:
+            tasks.append(
+                task_of(
+                    store.next_key(),
+                    flow,
+                    f"wait-{n}",
+                    wait=wait_of(_key(n, "child"), token=f"child-{n}"),
+                )
+            )
         due_at = NOW + 1000 + n if n % 4 == 0 else None
         await store.commit([creates(flow, *tasks, due_at=due_at, seqs=range(1, 7))])
+        await _tell(store, flow, n)
+
+
+async def _tell(store: SqliteStore, flow: StoredFlow, n: int) -> None:
+    """Signals that are kept, taken and turned away, and updates that have come differently far."""
+    keys = {"wait_key": _key(n), "owner_key": flow.owner_key}
+    taken = await put_signal(store, signal_id=f"first-{n}", **keys)
+    payload = Raw(b'{"reply":%d}' % (3000 + n))
+    await put_signal(store, signal_id=f"second-{n}", payload=payload, **keys)
+    await put_signal(store, expires_at=None, **keys)
+    await store.commit([signals(replace(taken, taken_by=flow.flow_id), fresh=False)])
+    await put_update(store, flow, text="first", due_at=NOW + n)
+    await put_update(store, flow, text="second", due_at=NOW + n)
+    if n % 3 == 0:
+        await put_update(store, flow, "done", due_at=NOW + 100 + n)
+    elif n % 3 == 1:
+        await put_update(store, flow, "digest", bucket=f"daily-{n % 2}", due_at=NOW + 200 + n)
+
+
+def _key(n: int, of: str = "own") -> str:
+    return key_for(f"{of}-{n}", owner_key=("alice", "bob")[n % 2])
 
 
 async def _change(store: SqliteStore, round: int) -> None:
@@ -161,7 +209,27 @@ async def read_all(store: SqliteStore, keys: list[FlowKey] | None = None) -> Rea
     await ask(("unfinished",), store.list_unfinished(["triage"], after_key=0, limit=1000))
     await ask(("controllers",), store.count_by_controller())
     await ask(("last position",), store.last_position())
+    await _ask_of_waits(store, ask)
     return reads
+
+
+async def _ask_of_waits(store: SqliteStore, ask: Any) -> None:
+    for n in range(30):
+        owner = ("alice", "bob")[n % 2]
+        for of in ("own", "child"):
+            lookup = WaitLookup(owner, _key(n, of), f"first-{n}", NOW)
+            await ask(("lookup", of, str(n)), store.look_up_waits([lookup]))
+            token = store.find_token(token_digest(f"{of}-{n}"))
+            await ask(("token", of, str(n)), token)
+    await ask(("met",), store.list_met(after_key=0, limit=1000, now=NOW))
+    for scope in (EVERYONE, Scope("alice"), Scope("bob")):
+        owner = str(scope.owner_key)
+        page: Any = {"flow_id": None, "after_key": 0, "limit": 1000}
+        await ask(("waits", owner), store.list_open_waits(scope, **page))
+        await ask(("updates", owner), store.list_updates(scope, statuses=(), **page))
+    await ask(("updates due",), store.list_updates_due(until=2 * NOW, limit=1000))
+    await ask(("digests due",), store.list_digests_due(until=2 * NOW, limit=1000))
+    await ask(("next update",), store.next_update_due())
 
 
 async def _load(store: SqliteStore, keys: list[FlowKey]) -> list[Any]:
@@ -247,7 +315,9 @@ def digit_in_a_record(directory: Path, random: Random) -> None:
 
 def _in_records(content: bytes, random: Random) -> int:
     """A byte of some document, even of the shortest; documents begin with these names."""
-    name = random.choice((b'{"flowId":"flow-', b'{"taskId":"task-'))
+    name = random.choice(
+        (b'{"flowId":"flow-', b'{"taskId":"task-', b'{"idempotencyKey":"flow-', b'{"key":1')
+    )
     starts = [found.start() for found in re.finditer(re.escape(name), content)]
     return random.choice(starts) + random.randrange(len(name), 85)
 
@@ -289,7 +359,22 @@ def root_of(db: Path, name: str) -> int:
     return int(root) - 1
 
 
-INDEXES = ("flows_by_id", "flows_by_owner", "tasks_by_flow", "tasks_by_run", "events_by_flow")
+INDEXES = (
+    "flows_by_id",
+    "flows_by_owner",
+    "flows_by_wait",
+    "tasks_by_flow",
+    "tasks_by_run",
+    "tasks_by_wait",
+    "tasks_waiting",
+    "events_by_flow",
+    "signals_by_id",
+    "signals_kept",
+    "updates_by_slot",
+    "updates_by_owner",
+    "updates_due",
+    "digests_due",
+)
 
 
 def index_emptied(directory: Path, random: Random) -> None:
@@ -345,8 +430,12 @@ def sql(directory: Path, *statements: str) -> None:
                 assert connection.total_changes > before, f"{statement} changed nothing"
 
 
+TABLES = ("flows", "tasks", "events", "signals", "updates")
+
+
 def row_deleted(directory: Path, random: Random) -> None:
-    table, key = random.choice((("flows", "key"), ("tasks", "key"), ("events", "position")))
+    table = random.choice(TABLES)
+    key = "position" if table == "events" else "key"
     at = random.randrange(30)
     sql(
         directory,
@@ -359,12 +448,13 @@ def rows_put_in(directory: Path, random: Random) -> None:
     sql(
         directory,
         "INSERT INTO flows SELECT max(key) + 1, owner_key, flow_id || '-copy', controller_id,"
-        " correlation_id, NULL, status, ended_at, due_at, revision, doc, crc FROM flows",
+        " correlation_id, NULL, status, ended_at, due_at, revision, doc, crc, wait_key, wait_token"
+        " FROM flows",
     )
 
 
 def table_dropped(directory: Path, random: Random) -> None:
-    sql(directory, "DROP TABLE " + random.choice(("flows", "tasks", "events", "ownership")))
+    sql(directory, "DROP TABLE " + random.choice((*TABLES, "ownership")))
 
 
 def index_dropped(directory: Path, random: Random) -> None:
@@ -398,6 +488,8 @@ def column_differs(directory: Path, random: Random) -> None:
             "flows SET due_at = ifnull(due_at, 0) + 5 WHERE",
             "flows SET controller_id = 'another' WHERE",
             "flows SET ended_at = 5 WHERE",
+            "flows SET wait_key = 'another' WHERE",
+            "flows SET wait_token = 'another' WHERE",
         )
     )
     sql(directory, f"UPDATE {change} key = {_some_flow(random)}")
@@ -413,6 +505,8 @@ def column_of_a_child_differs(directory: Path, random: Random) -> None:
             "runtime = 'acp'",
             "launched = 1 - launched",
             "task_id = task_id || '-'",
+            "wait_key = 'another'",
+            "wait_token = 'another'",
         )
     )
     sql(
@@ -429,6 +523,40 @@ def column_of_an_event_differs(directory: Path, random: Random) -> None:
     )
 
 
+def column_of_a_signal_differs(directory: Path, random: Random) -> None:
+    change = random.choice(
+        (
+            "owner_key = 'mallory'",
+            "wait_key = 'another'",
+            "signal_id = signal_id || '-'",
+            "kept = 0",
+            "expires_at = expires_at + 5",
+            "key = key + 100000",
+        )
+    )
+    sql(
+        directory,
+        f"UPDATE signals SET {change} WHERE signal_id = 'second-{random.randrange(30)}'",
+    )
+
+
+def column_of_an_update_differs(directory: Path, random: Random) -> None:
+    change = random.choice(
+        (
+            "owner_key = 'mallory'",
+            "flow_key = 100000",
+            "slot = 'another'",
+            "status = 'delivered'",
+            "due_at = ifnull(due_at, 0) + 5",
+            "version = version + 1",
+            "bucket = 'another'",
+            "key = key + 100000",
+        )
+    )
+    flow = _some_flow(random)
+    sql(directory, f"UPDATE updates SET {change} WHERE slot = 'progress' AND flow_key = {flow}")
+
+
 def text_where_a_number_belongs(directory: Path, random: Random) -> None:
     change = random.choice(
         (
@@ -441,13 +569,16 @@ def text_where_a_number_belongs(directory: Path, random: Random) -> None:
             "flows SET crc = 'right' WHERE key",
             "flows SET crc = NULL WHERE key",
             "tasks SET crc = 1.5 WHERE flow_key",
+            "updates SET due_at = 'soon' WHERE slot = 'progress' AND flow_key",
+            "updates SET version = 'two' WHERE slot = 'progress' AND flow_key",
+            "updates SET crc = NULL WHERE slot = 'progress' AND flow_key",
         )
     )
     sql(directory, f"UPDATE {change} = {_some_flow(random)}")
 
 
 def totals_differ(directory: Path, random: Random) -> None:
-    column = random.choice(("flows", "tasks", "events", "last_position"))
+    column = random.choice((*TABLES, "last_position"))
     change = random.choice((f"{column} - 1", f"{column} + 1", "'many'", "-1", "1.5"))
     sql(directory, f"UPDATE ownership SET {column} = {change}")
 
@@ -461,7 +592,7 @@ def mark_of_another_program(directory: Path, random: Random) -> None:
 
 
 def version_of_a_later_release(directory: Path, random: Random) -> None:
-    sql(directory, f"PRAGMA user_version = {random.randrange(3, 100)}")
+    sql(directory, f"PRAGMA user_version = {random.randrange(schema.VERSION + 1, 100)}")
 
 
 def _some_flow(random: Random) -> str:

@@ -12,13 +12,18 @@ import pytest
 from msgspec import Raw
 
 from flowstead.errors import SnapshotUnreadable
+from flowstead.model.approval import Approval, Grant
 from flowstead.model.flow import Failure, Flow, FlowKey, FlowStatus, StoredFlow
 from flowstead.model.retry import Category, Retry
+from flowstead.model.signal import StoredSignal
 from flowstead.model.task import Launch, OnRestart, StoredTask, Task, TaskStatus
+from flowstead.model.update import StoredUpdate
+from flowstead.model.wait import Letter, OnTimeout, Wait, WaitKind
+from flowstead.rules.wait_keys import token_digest, wait_key
 from flowstead.store import codec, schema
-from flowstead.store.port import FlowQuery, Scope, Snapshot
+from flowstead.store.port import FlowQuery, Scope, Snapshot, WaitLookup
 from flowstead.store.sqlite import SqliteStore
-from tests.store.rows import HOSTILE, NOW, event_of, flow_of, task_of
+from tests.store.rows import HOSTILE, NOW, event_of, flow_of, signal_of, task_of, update_of
 
 SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
 MAIN = Scope("agent:main:main")
@@ -46,6 +51,14 @@ def full_flow() -> StoredFlow:
         request_digest="d",
         depth=2,
         root_id="r",
+        answer_json=Raw(b'{"at":1}'),
+        wait=Wait(kind=WaitKind.SIGNAL, wait_key="w", token="secret"),
+        wait_key="w",
+        wait_token=token_digest("secret"),
+        awaiting=(("t", "u"), ("v",)),
+        park_at=NOW,
+        content_revision=1,
+        grants={"ask": Grant(items_digest="i", revision=1, expires_at=NOW, used_by="send")},
     )
 
 
@@ -89,6 +102,43 @@ def full_task() -> StoredTask:
         cleanup_after=NOW,
         launch=launch,
         interruptions=1,
+        wait=Wait(
+            kind=WaitKind.APPROVAL,
+            key=Raw(b'{"n":1}'),
+            wait_key="w",
+            token="secret",
+            inbox="i",
+            prompt="p",
+            schema=Raw(b"{}"),
+            deadline_at=NOW,
+            on_timeout=OnTimeout.BLOCK,
+            remind_at=(NOW,),
+            approval=Approval(items=Raw(b"[1]"), frame="f", digest="d", requested_by="r"),
+        ),
+        letter=Letter(inbox="i", wants_reply=True, expires_at=NOW, taken_by="t"),
+    )
+
+
+def full_signal() -> StoredSignal:
+    """A signal with every field set."""
+    return signal_of(9, wait_key="w", signal_id="id", payload=Raw(b"[1]"), taken_by="flow")
+
+
+def full_update() -> StoredUpdate:
+    """An update with every field set."""
+    return update_of(
+        10,
+        full_flow(),
+        "done",
+        current_step="s",
+        data=Raw(b"[1]"),
+        items=Raw(b"[]"),
+        bucket="daily",
+        requester_origin=Raw(b"{}"),
+        attempt=2,
+        delivered_at=NOW,
+        failure="why",
+        version=3,
     )
 
 
@@ -109,6 +159,16 @@ def test_a_child_comes_back_from_its_record() -> None:
     assert codec.encode(codec.read_stored_task(doc)) == doc
 
 
+def test_a_signal_and_an_update_come_back_from_their_records() -> None:
+    signal, update = full_signal(), full_update()
+
+    assert codec.read_signal(codec.encode(signal)) == signal
+    assert codec.read_stored_update(codec.encode(update)) == update
+    for record in (signal, update):
+        unset = {n for n in record.__struct_fields__ if getattr(record, n) in (None, msgspec.UNSET)}
+        assert unset == set()
+
+
 def test_the_columns_say_what_the_record_says() -> None:
     flow, task = full_flow(), full_task()
 
@@ -116,10 +176,67 @@ def test_the_columns_say_what_the_record_says() -> None:
     child = codec.task_row(task, due_at=task.next_attempt_at, fresh=True)
     line = codec.event_row(7, codec.read_event(event_of(flow, 3).doc.encode(), 0))
 
-    assert row[:-2] == (7, "alice", "flow", "k", "c", "once", "failed", NOW, 5, 1)
-    assert row.expected_revision == 0
-    assert child[:-2] == (8, "task", 7, "r", "failed", "subagent", True, NOW)
+    assert row[:10] == (7, "alice", "flow", "k", "c", "once", "failed", NOW, 5, 1)
+    assert row[11:] == (0, "w", token_digest("secret"))
+    assert child[:8] == (8, "task", 7, "r", "failed", "subagent", True, NOW)
+    assert child[9:] == (True, "w", token_digest("secret"))
     assert (line.flow_key, line.seq) == (7, 3)
+
+
+def test_the_columns_of_signals_and_updates_say_what_the_record_says() -> None:
+    signal = codec.signal_row(full_signal(), fresh=True)
+    update = codec.update_row(full_update(), fresh=False)
+
+    assert signal[:6] == (9, "alice", "w", "id", False, NOW + 1000)
+    assert update[:8] == (10, "alice", 7, "done", "pending", NOW, 3, "daily")
+    assert (signal.fresh, update.fresh) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("taken_by", "expires_at", "kept"),
+    [(None, NOW, True), ("flow", NOW, False), (None, None, False), ("", NOW, False)],
+)
+def test_a_signal_is_kept_that_nobody_took_and_that_has_an_end(
+    taken_by: str | None, expires_at: int | None, kept: bool
+) -> None:
+    signal = signal_of(1, wait_key="w", taken_by=taken_by, expires_at=expires_at)
+
+    assert codec.signal_row(signal, fresh=True).kept is kept
+
+
+def test_a_row_without_a_wait_has_the_checksum_it_always_had() -> None:
+    flow, task = flow_of(7), task_of(8, flow_of(7), "task")
+    row = codec.flow_row(flow, codec.encode(flow), due_at=5, expected_revision=0)
+    child = codec.task_row(task, due_at=6, fresh=True)
+
+    assert codec.flow_crc(row) == codec.crc_of(row[:10], row.doc.encode())
+    assert codec.task_crc(child) == codec.crc_of(
+        (8, "task", 7, None, "queued", "subagent", 0, 6), child.doc.encode()
+    )
+
+
+@pytest.mark.parametrize("column", ["wait_key", "wait_token"])
+def test_the_columns_of_a_wait_are_part_of_the_checksum(column: str) -> None:
+    flow, task = flow_of(7), task_of(8, flow_of(7), "task")
+    row = codec.flow_row(flow, codec.encode(flow), due_at=5, expected_revision=0)
+    child = codec.task_row(task, due_at=6, fresh=True)
+
+    rows = [row, row._replace(**{column: "a"}), row._replace(**{column: "b"})]
+    children = [child, child._replace(**{column: "a"}), child._replace(**{column: "b"})]
+
+    both = row._replace(wait_key="a", wait_token=None), row._replace(wait_key=None, wait_token="a")
+    assert len({codec.flow_crc(one) for one in rows}) == 3
+    assert len({codec.task_crc(one) for one in children}) == 3
+    assert len({codec.flow_crc(one) for one in both}) == 2
+
+
+def test_the_token_of_a_wait_is_no_column() -> None:
+    flow, task = full_flow(), full_task()
+    row = codec.flow_row(flow, codec.encode(flow), due_at=5, expected_revision=0)
+    child = codec.task_row(task, due_at=None, fresh=True)
+
+    for columns in (row._replace(doc=""), child._replace(doc="")):
+        assert "secret" not in columns
 
 
 def test_what_is_handed_out_has_nothing_of_the_bookkeeping() -> None:
@@ -152,6 +269,9 @@ def test_fields_of_a_later_version_are_tolerated() -> None:
     assert codec.read_stored_task(task).task_id == "task"
     assert codec.read_task(task).task_id == "task"
     assert codec.read_event(event, 9).position == 9
+    assert codec.read_signal(codec.encode(full_signal())[:-1] + later).signal_id == "id"
+    assert codec.read_stored_update(codec.encode(full_update())[:-1] + later).slot == "done"
+    assert codec.read_update(codec.encode(full_update())[:-1] + later).goal == "a goal"
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
@@ -182,6 +302,9 @@ def test_what_is_no_record_is_refused_by_name(doc: bytes) -> None:
         codec.read_task,
         codec.read_stored_task,
         lambda doc: codec.read_event(doc, 0),
+        codec.read_signal,
+        codec.read_update,
+        codec.read_stored_update,
     ]
     for read in readers:
         with pytest.raises(SnapshotUnreadable) as refused:
@@ -192,11 +315,17 @@ def test_what_is_no_record_is_refused_by_name(doc: bytes) -> None:
 def test_a_refused_record_is_named_where_its_name_can_be_read() -> None:
     flow = codec.encode(full_flow()).replace(b'"failed"', b'"hibernating"')
     task = codec.encode(full_task()).replace(b'"failed"', b'"hibernating"')
+    signal = codec.encode(full_signal()).replace(b'"ownerKey"', b'"owner"')
+    update = codec.encode(full_update()).replace(b'"notice"', b'"rumour"')
 
     with pytest.raises(SnapshotUnreadable, match="flow flow cannot be read"):
         codec.read_flow(flow)
     with pytest.raises(SnapshotUnreadable, match="task task cannot be read"):
         codec.read_task(task)
+    with pytest.raises(SnapshotUnreadable, match="signal 9 cannot be read"):
+        codec.read_signal(signal)
+    with pytest.raises(SnapshotUnreadable, match="update 10 cannot be read"):
+        codec.read_update(update)
 
 
 def test_a_refusal_survives_pickling() -> None:
@@ -285,4 +414,45 @@ async def test_a_file_of_version_1_tells_all_it_knows(db: Path) -> None:
     assert lines[-1].type == "flow.waiting"
     assert await store.last_position() == 10
     assert store.next_key() == 5
+    await store.aclose()
+
+
+async def test_a_file_of_version_3_tells_all_it_knows(db: Path) -> None:
+    file_of(SNAPSHOTS / "v3.sql", db)
+    owner, triage = MAIN.owner_key, FlowKey("agent:main:main", "triage-1")
+    assert owner is not None
+    at = 1_800_000_010_000
+    keys = [
+        wait_key(owner, {"kind": "reply", "channel": "slack", "threadKey": "slack:thread-1"}),
+        wait_key(owner, {"ticket": 7}),
+        wait_key(owner, {"ticket": 8}),
+    ]
+    store = SqliteStore(db)
+    await store.open()
+
+    reply, open_, kept = await store.look_up_waits(
+        [WaitLookup(owner, key, f"evt-{n}", at) for n, key in enumerate(keys, 1)]
+    )
+    waits = await store.list_open_waits(MAIN, flow_id=None, after_key=0, limit=10)
+    shown = await store.list_updates(MAIN, flow_id=None, statuses=(), after_key=0, limit=10)
+    [alone] = await store.list_updates_due(until=at + 60_000, limit=10)
+    [digest] = await store.list_digests_due(until=at + 86_400_000, limit=10)
+
+    assert reply.waiting == open_.waiting == [triage]
+    assert (reply.is_known, open_.is_known, kept.is_known) == (True, True, False)
+    assert kept.kept is not None and kept.kept.signal_id == "evt-1"
+    assert codec.decode_json(kept.kept.payload) == {"team": "billing"}
+    assert (kept.waiting, kept.was_awaited) == ([], False)
+    assert await store.find_token(token_digest("tok_flow")) == (triage, None)
+    found = await store.find_token(token_digest("tok_open"))
+    assert found is not None and found[0] == triage
+    assert [type(wait) for wait in waits] == [StoredFlow, StoredTask]
+    assert [(update.kind, update.status, update.attempt) for update in shown] == [
+        ("progress", "superseded", 0),
+        ("done", "delivered", 2),
+        ("reminder", "pending", 0),
+        ("progress", "pending", 0),
+    ]
+    assert (alone.slot, digest.slot, digest.bucket) == ("reminder:1", "progress", "daily")
+    assert store.next_key() == 14
     await store.aclose()

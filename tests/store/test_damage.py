@@ -55,6 +55,8 @@ OF_A_ROW: tuple[Kind, ...] = (
     damage.column_differs,
     damage.column_of_a_child_differs,
     damage.column_of_an_event_differs,
+    damage.column_of_a_signal_differs,
+    damage.column_of_an_update_differs,
     damage.text_where_a_number_belongs,
 )
 """The file opens, and the row is told of."""
@@ -155,6 +157,19 @@ def named_reads(reads: Reads, kind: str) -> Iterator[tuple[str, str, str]]:
     return (name for name in reads if name[0] == kind)  # type: ignore[misc]
 
 
+LISTS = {
+    "flows",
+    "live",
+    "events",
+    "tasks",
+    "history",
+    "waits",
+    "updates",
+    "updates due",
+    "digests due",
+}
+
+
 def judge(reads: Reads, right: Reads, told: list[Unreadable]) -> int:
     """See that nothing wrong was read and nothing left out unsaid; answers how many reads were refused."""
     assert reads.keys() == right.keys()
@@ -167,10 +182,10 @@ def judge(reads: Reads, right: Reads, told: list[Unreadable]) -> int:
             assert told, (
                 f"{name} answered {answer!r} instead of {right[name]!r}, and nothing is told of"
             )
-            if name[0] in ("flows", "live", "events", "tasks", "history"):
+            if name[0] in LISTS:
                 strange = [item for item in answer if item not in right[name]]
                 assert not strange, f"{name} answered {strange!r}"
-            elif name[0] in ("flow", "snapshot", "task", "once"):
+            elif name[0] in ("flow", "snapshot", "task", "once", "token"):
                 assert answer is None, f"{name} answered {answer!r}"
     if refused:
         assert told, "reads are refused, and nothing is told of"
@@ -188,6 +203,11 @@ async def test_the_file_is_worth_damaging(whole: Whole, with_log: Whole, tmp_pat
         assert told == []
         assert len(reads["flows", "None"]) >= 30
         assert not [answer for answer in reads.values() if isinstance(answer, Exception)]
+        assert {name[0] for name, answer in reads.items() if name[0] in LISTS and answer} == LISTS
+        assert reads["met",]
+        looked_up = [reads[name][0] for name in reads if name[0] == "lookup"]
+        assert sum(one.kept is not None and bool(one.waiting) for one in looked_up) > 5
+        assert sum(reads[name] is not None for name in reads if name[0] == "token") > 10
     types = {whole.db[page * damage.PAGE] for page in range(1, len(whole.db) // damage.PAGE)}
     assert {damage.TABLE_LEAF, damage.TABLE_INTERIOR, damage.INDEX_LEAF} <= types
     assert len(with_log.wal) > 10 * damage.PAGE
@@ -209,6 +229,19 @@ async def test_a_file_that_something_is_missing_from_is_refused_with_the_reason(
         assert refused.problem.endswith(".")
 
 
+@pytest.mark.usefixtures("size")
+async def test_a_file_that_lost_only_the_end_of_its_last_page_is_refused(
+    whole: Whole, tmp_path: Path
+) -> None:
+    directory = copy_of(whole, tmp_path / "damaged")
+    damage.db_of(directory).write_bytes(whole.db[:-100])
+
+    refused = await opened(directory)
+
+    assert isinstance(refused, StoreUnusable)
+    assert "damaged" in refused.problem
+
+
 @named(OF_A_ROW)
 @pytest.mark.usefixtures("size")
 async def test_a_damaged_row_is_refused_alone_and_told_of(
@@ -226,8 +259,8 @@ async def test_a_damaged_row_is_refused_alone_and_told_of(
         reads, told = await survey(store, right)
 
         judge(reads, right, told)
-        assert {row.table for row in told} <= {"flows", "tasks", "events"}, told
-        assert 1 <= len(told) <= 3, told
+        assert {row.table for row in told} <= set(damage.TABLES), told
+        assert 1 <= len(told) <= 4, told
         hurt = [name for name in named_reads(right, "flow") if reads[name] != right[name]]
         assert len(hurt) <= 1, hurt
 

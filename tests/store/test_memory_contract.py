@@ -1,8 +1,9 @@
-"""The store in memory keeps the contract, and so does one that could fail on request and is not asked to."""
+"""The store in memory keeps the contract, and so do those made of it that fail on request, or lose power."""
 
 from __future__ import annotations
 
 import asyncio
+from random import Random
 
 import pytest
 
@@ -14,6 +15,7 @@ from flowstead.testing.conformance import StoreConformance
 from flowstead.testing.conformance.fixtures import MakeStore
 from flowstead.testing.conformance.reads import ids
 from flowstead.testing.conformance.rows import ALICE, creates, flow_of, put
+from flowstead.testing.disk import Disk, SimulatedStore
 
 
 class TestMemoryStore(StoreConformance):
@@ -34,6 +36,17 @@ class TestFaultyStore(StoreConformance):
 
         def make() -> Store:
             return FaultyStore(tables=tables)
+
+        return make
+
+
+class TestSimulatedStore(StoreConformance):
+    @pytest.fixture
+    def make_store(self) -> MakeStore:
+        disk = Disk(Random(0))
+
+        def make() -> Store:
+            return SimulatedStore(disk)
 
         return make
 

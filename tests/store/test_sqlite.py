@@ -16,17 +16,35 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from flowstead.errors import SnapshotUnreadable, StoreInUse, StoreUnusable
+from flowstead.errors import SnapshotUnreadable, StoreInUse, StoreUnusable, WriteConflict
 from flowstead.model.flow import FlowKey, FlowStatus
-from flowstead.store import schema, sqlite
-from flowstead.store.port import EVERYONE, FlowQuery, Snapshot
+from flowstead.store import codec, schema, sqlite
+from flowstead.store.codec import FlowWrite
+from flowstead.store.port import EVERYONE, FlowQuery, Snapshot, WaitLookup
 from flowstead.store.sqlite import SqliteStore
 from flowstead.store.worker import WorkerConnection
 from tests.store.disk import Disk, TendedStore, disk_error
-from tests.store.rows import ALICE, changes, creates, event_of, flow_of, put, put_task, tells
+from tests.store.rows import (
+    ALICE,
+    NOW,
+    changes,
+    creates,
+    event_of,
+    flow_of,
+    put,
+    put_signal,
+    put_task,
+    put_update,
+    signals,
+    tells,
+    update_of,
+    updates,
+    wait_of,
+)
 
 pytestmark = pytest.mark.usefixtures("stores_end")
 
+TABLES = ("flows", "tasks", "events", "signals", "updates")
 AS_ROOT = os.geteuid() == 0
 needs_permissions = pytest.mark.skipif(AS_ROOT, reason="permissions do not stop root")
 
@@ -561,14 +579,17 @@ async def test_opening_and_closing_changes_no_flow(db: Path) -> None:
     await store.open()
     flow = await put(store)
     await put_task(store, flow, "task", launched=True)
+    await put_signal(store, wait_key="k", signal_id="id")
+    await put_update(store, flow)
     await store.aclose()
-    rows = [plain(db, f"SELECT * FROM {table}") for table in ("flows", "tasks", "events")]
+    rows = [plain(db, f"SELECT * FROM {table}") for table in TABLES]
 
     for _ in range(3):
         await store.open()
         await store.aclose()
 
-    assert rows == [plain(db, f"SELECT * FROM {table}") for table in ("flows", "tasks", "events")]
+    assert rows == [plain(db, f"SELECT * FROM {table}") for table in TABLES]
+    assert [len(found) for found in rows] == [1, 1, 1, 1, 1]
 
 
 # ---- bad rows ---------------------------------------------------------------------------------------
@@ -658,6 +679,62 @@ async def test_a_bad_child_is_set_aside_with_its_flow(db: Path, value: str) -> N
     assert [(row.table, row.key) for row in listed] == [("tasks", task.key)]
     assert [key for _, key in unfinished] == [FlowKey("alice", "hurt")]
     assert await flow_ids(store) == ["fine", "hurt"]
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    "value", ["'{'", "''", "7", "1.5", "x'ff'", "replace(doc, '\"key\"', '\"keys\"')", "doc || ' '"]
+)
+async def test_bad_signals_and_updates_are_left_out_and_the_others_work(
+    db: Path, value: str
+) -> None:
+    store = TendedStore(db)
+    await store.open()
+    flow = await put(store)
+    bad = await put_signal(store, wait_key="k", signal_id="bad")
+    good = await put_signal(store, wait_key="k", signal_id="good")
+    hurt = await put_update(store, flow, "hurt")
+    fine = await put_update(store, flow, "fine", due_at=NOW + 1)
+    await store.aclose()
+    plain(
+        db,
+        f"UPDATE signals SET doc = {value} WHERE signal_id = 'bad'",
+        f"UPDATE updates SET doc = {value} WHERE slot = 'hurt'",
+    )
+
+    await store.open()
+    [found] = await store.look_up_waits([WaitLookup("alice", "k", "bad", NOW)])
+
+    assert found.is_known
+    assert found.kept is not None and found.kept.key == good.key
+    assert [one.key for one in await store.list_updates_due(until=2 * NOW, limit=9)] == [fine.key]
+    assert await store.next_update_due() == NOW + 1
+    listed = {(row.table, row.key) for row in await store.list_unreadable()}
+    assert listed == {("signals", bad.key), ("updates", hurt.key)}
+    await store.commit([updates(replace(fine, due_at=None), fresh=False)])
+    assert await store.next_update_due() is None
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    "change", ["version = 'two'", "due_at = 'soon'", "doc = 'x'", "owner_key = x'ff'"]
+)
+async def test_newer_progress_comes_whatever_happened_to_the_older(db: Path, change: str) -> None:
+    store = TendedStore(db)
+    await store.open()
+    flow, other = await put(store), await put(store, "other")
+    await put_update(store, flow)
+    await put_update(store, other)
+    await store.aclose()
+    plain(db, f"UPDATE updates SET {change}")
+
+    await store.open()
+    await put_update(store, flow, text="newer")
+    await put_update(store, other, "done", text="done")
+
+    texts = [update.text for update in await store.list_updates_due(until=NOW, limit=9)]
+    assert "done" in texts
+    assert texts == (["done"] if change.startswith("owner_key") else ["newer", "done"])
     await store.aclose()
 
 
@@ -807,6 +884,30 @@ async def test_every_commit_is_counted(store: SqliteStore, db: Path) -> None:
     assert plain(db, "SELECT commits, last_position FROM ownership") == [(3, 3)]
 
 
+async def test_every_row_is_counted_once_however_often_it_is_written(
+    store: SqliteStore, db: Path
+) -> None:
+    flow = await put(store)
+    signal = await put_signal(store, wait_key="k")
+    await put_signal(store, wait_key="k")
+    await store.commit([signals(replace(signal, taken_by="flow"), fresh=False)])
+    for _ in range(3):
+        await put_update(store, flow)
+    await store.commit([updates(*(update_of(store.next_key(), flow) for _ in range(2)))])
+    done = await put_update(store, flow, "done")
+    await store.commit([updates(replace(done, attempt=1), fresh=False)])
+    with pytest.raises(WriteConflict):
+        await put_update(store, flow, "done")
+
+    totals = plain(db, "SELECT flows, tasks, events, signals, updates FROM ownership")
+
+    assert totals == [(1, 0, 1, 2, 2)]
+    assert plain(db, "SELECT count(*) FROM signals") + plain(
+        db, "SELECT count(*) FROM updates"
+    ) == [(2,), (2,)]
+    assert await store.list_unreadable() == []
+
+
 # ---- for people -------------------------------------------------------------------------------------
 
 
@@ -854,6 +955,9 @@ async def test_the_views_answer_any_sqlite_shell(store: SqliteStore, db: Path) -
         "attempt": None,
         "result_json": None,
         "failure": None,
+        "waits_for": None,
+        "prompt": None,
+        "deadline": None,
     }
     assert first("v_history") == {
         "flow_id": "flow",
@@ -868,22 +972,72 @@ async def test_the_views_answer_any_sqlite_shell(store: SqliteStore, db: Path) -
     }
 
 
+async def test_waits_and_updates_are_views_for_people_and_show_no_token(
+    store: SqliteStore, db: Path
+) -> None:
+    flow = await put(store)
+    wait = wait_of(
+        "digest",
+        token="secret",
+        key=Raw(b'{"ticket":7}'),
+        prompt="Which team?",
+        deadline_at=NOW + 60_000,
+    )
+    await put_task(store, flow, "wait", runtime="signal", run_id="ask", wait=wait)
+    update = await put_update(
+        store, flow, "done", bucket="daily", due_at=NOW + 1000, attempt=2, failure="no answer"
+    )
+
+    with closing(sqlite3.connect(db)) as connection:
+        connection.row_factory = sqlite3.Row
+        [task] = map(dict, connection.execute("SELECT * FROM v_tasks"))
+        [told] = map(dict, connection.execute("SELECT * FROM v_updates"))
+
+    assert (task["runtime"], task["status"], task["run_id"]) == ("signal", "queued", "ask")
+    assert (task["waits_for"], task["prompt"]) == ('{"ticket":7}', "Which team?")
+    assert task["deadline"] == "2027-01-15 08:01:00"
+    assert told == {
+        "flow_id": "flow",
+        "owner_key": "alice",
+        "slot": "done",
+        "status": "pending",
+        "kind": "notice",
+        "text": "It goes on.",
+        "attempt": 2,
+        "failure": "no answer",
+        "bucket": "daily",
+        "idempotency_key": update.idempotency_key,
+        "created": "2027-01-15 08:00:00",
+        "due": "2027-01-15 08:00:01",
+        "delivered": None,
+    }
+    assert "secret" not in f"{task}{told}"
+
+
 async def test_one_bad_row_does_not_blind_the_views(store: SqliteStore, db: Path) -> None:
     await put(store, "good")
     write = creates(flow_of(store.next_key(), "bad"))
     assert write.flow is not None
     await store.commit([replace(write, flow=write.flow._replace(doc="{"))])
 
+    good = await put(store, "told")
+    row = codec.update_row(update_of(store.next_key(), good), fresh=True)._replace(doc="{")
+    await store.commit([FlowWrite(None, [], [], updates=[row])])
+
     rows = plain(db, "SELECT flow_id, goal FROM v_flows ORDER BY flow_id")
 
-    assert rows == [("bad", None), ("good", "a goal")]
+    assert rows == [("bad", None), ("good", "a goal"), ("told", "a goal")]
+    assert plain(db, "SELECT flow_id, text FROM v_updates") == [("told", None)]
 
 
 async def test_every_record_is_text_any_tool_can_read(store: SqliteStore, db: Path) -> None:
     flow = await put(store, goal="é 👩🏽‍🚀")
     await put_task(store, flow, "task")
 
-    for table in ("flows", "tasks", "events"):
+    await put_signal(store, wait_key="k", payload=Raw(b'"\xc3\xa9"'))
+    await put_update(store, flow, text="é 👩🏽‍🚀")
+
+    for table in TABLES:
         rows = plain(db, f"SELECT typeof(doc), json_valid(doc) FROM {table}")
         assert set(rows) == {("text", 1)}
 

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from msgspec import UNSET, Raw
 
 from flowstead.model import command as c
+from flowstead.model.approval import VoteKind
 from flowstead.model.code import Code, Refusal
 from flowstead.model.effect import (
     AbandonController,
@@ -30,6 +31,7 @@ from flowstead.model.effect import (
     DrainTask,
     Effect,
     KillTask,
+    ParkController,
     StartController,
     StartTask,
     StopController,
@@ -54,6 +56,8 @@ from flowstead.model.task import (
     is_active,
     is_bare,
 )
+from flowstead.model.update import DONE, StoredUpdate
+from flowstead.model.wait import OnTimeout, Wait, WaitKind
 from flowstead.rules.children import Children
 from flowstead.rules.decide import decide
 from flowstead.rules.turn import Taken, Turn
@@ -70,6 +74,17 @@ from tests.unit.given import (
     a_nested,
     a_view,
 )
+from tests.unit.given_waits import (
+    TOKEN,
+    a_letter,
+    a_vote,
+    a_wait_draft,
+    addressed,
+    an_approval_draft,
+    an_old_wait,
+    cast,
+    told,
+)
 
 PROFILE = settings(
     deadline=None,
@@ -85,6 +100,7 @@ LIMITS = Limits(
     cancel_grace=60.0,
     kill_after=5.0,
     abandon_after=25.0,
+    messages=4,
 )
 GROUP_LIMITS = {"": 2, "map": 1}
 FUNCTIONS = frozenset({"work"})
@@ -187,7 +203,39 @@ child_specs = st.one_of(
     st.tuples(st.just("enter")),
     st.tuples(st.just("release"), small),
 )
-specs = st.one_of(flow_specs, child_specs, child_specs)
+wait_names = st.sampled_from(["w1", "w2", "w3"])
+# How long a wait may last, and what happens then.
+manners = st.tuples(st.sampled_from([None, None, 1, 3, 70]), st.sampled_from(OnTimeout))
+some_waits = st.lists(
+    st.one_of(
+        st.tuples(st.just("signal"), wait_names, manners),
+        st.tuples(st.just("timer"), st.sampled_from(["n1", "n2", "n3"]), manners),
+        st.tuples(st.just("message"), st.sampled_from(["m1", "m2"]), manners),
+        st.tuples(st.just("approval"), st.just("ok"), manners),
+    ),
+    min_size=1,
+    max_size=2,
+    unique_by=lambda one: one[1],
+)
+stands = st.tuples(st.just("stand"), some_waits, st.booleans())
+wait_specs = st.one_of(
+    stands,
+    stands,
+    st.tuples(st.just("open"), some_waits),
+    st.tuples(st.just("stop_awaiting"), small),
+    st.tuples(st.just("wait_by_hand"), st.sampled_from([1, 3, 70]), st.sampled_from(OnTimeout)),
+    st.tuples(st.just("signal"), st.sampled_from(["w1", "w2", "w3", "", "m1", "k"])),
+    st.tuples(st.just("signal"), st.sampled_from(["w1", "w2", "w3", "", "m1", "k"])),
+    st.tuples(st.just("answer_one"), small),
+    st.tuples(st.just("answer_one"), small),
+    st.tuples(st.just("letter"), wait_names, st.sampled_from([1, 70])),
+    st.tuples(st.just("tell"), st.booleans()),
+    st.tuples(st.just("reply"), small),
+    st.tuples(st.just("vote"), st.sampled_from(VoteKind), st.sampled_from(["ann", "bob"])),
+    st.tuples(st.just("notify"), st.sampled_from(["s1", "s2"])),
+    st.tuples(st.just("note_delivery")),
+)
+specs = st.one_of(flow_specs, child_specs, child_specs, wait_specs)
 
 FLOW_OPERATIONS: dict[str, Callable[..., c.Command]] = {
     "set_waiting": lambda r, patch, wait, blocker: c.SetWaiting(
@@ -237,6 +285,9 @@ class World:
         self.bound: set[str] = set()
         self.driven = False
         self.closing = False
+        self.leaving = False  # the controller has been parked, and is on its way out
+        self.gave_way = False  # the controller has left a flow that goes on without it
+        self.told: list[StoredUpdate] = []
         self.history: list[Event] = []
         self.every: dict[str, StoredTask] = {}
         self._next = 0
@@ -297,7 +348,89 @@ class World:
             case "release":
                 return c.ReleaseTasks(task_ids=("nobody",))
             case _:
+                return self.about_waits(kind, rest)
+
+    def about_waits(self, kind: str, rest: Spec) -> c.Command:
+        self._next += 1
+        match kind:
+            case "stand" if self.driven:
+                drafts = tuple(self.wait(*one) for one in rest[0])
+                steps = tuple(draft.run_id or "" for draft in drafts)
+                return c.Await(drafts=drafts, steps=steps, may_park=rest[1])
+            case "open":
+                return c.AddTasks(drafts=tuple(self.wait(*one) for one in rest[0]))
+            case "stop_awaiting" if self.driven and self.flow is not None and self.flow.awaiting:
+                groups = self.flow.awaiting
+                return c.StopAwaiting(steps=groups[rest[0] % len(groups)])
+            case "wait_by_hand":
+                return c.SetWaiting(
+                    expected_revision=0 if self.flow is None else self.flow.revision,
+                    patch=c.Patch(),
+                    wait_json=Raw(b'{"kind":"reply"}'),
+                    wait=Wait(
+                        kind=WaitKind.SIGNAL,
+                        wait_key="k",
+                        token=TOKEN,
+                        deadline_at=self.now + rest[0] * 1000,
+                        on_timeout=rest[1],
+                        remind_at=(self.now + 2000,),
+                    ),
+                )
+            case "signal":
+                by_key = rest[0] == "k"
+                return c.Deliver(
+                    wait_key="k" if by_key else None,
+                    task_id=None if by_key else rest[0],
+                    payload=Raw(b"1"),
+                    signal_id=f"s{self._next}",
+                )
+            case "answer_one":
+                names = [t.run_id or "" for t in self.children.open_waits()] or [""]
+                return c.Deliver(task_id=names[rest[0] % len(names)], payload=Raw(b"1"))
+            case "letter":
+                return addressed(
+                    rest[0], Raw(b"1"), self._next, expires_at=self.now + rest[1] * 1000
+                )
+            case "tell":
+                return told(Raw(b"1"), self._next, wants_reply=rest[0])
+            case "reply":
+                taken = [t.task_id for t in self.every.values() if t.letter and t.letter.taken_by]
+                chosen = taken[rest[0] % len(taken)] if taken else "nobody"
+                return c.EndReport(task_id=chosen, outcome=Succeeded(), result=Raw(b"7"))
+            case "vote":
+                items = Raw(b'{"eur":6}') if rest[0] is VoteKind.EDIT else UNSET
+                vote = a_vote(rest[0], rest[1], items=items, rules={"quorum": 2})
+                return cast(vote, n=self._next, expires_at=self.now + 70_000)
+            case "notify":
+                draft = c.TaskDraft(
+                    key=self._next,
+                    task_id=f"t{self._next}",
+                    runtime="notice",
+                    task="notice",
+                    run_id=rest[0],
+                )
+                return c.Notify(draft=draft, text="Half done.")
+            case "note_delivery":
+                return c.NoteDelivery(slot="done", reason="410 Gone")
+            case _:
                 return c.Tick()
+
+    def wait(self, kind: str, name: str, manner: tuple[int | None, OnTimeout]) -> c.TaskDraft:
+        seconds, on_timeout = manner
+        at = None if seconds is None else self.now + seconds * 1000
+        fields: dict[str, Any] = {"deadline_at": at, "on_timeout": on_timeout}
+        self._next += 1
+        match kind:
+            case "timer":
+                draft = a_wait_draft(name, WaitKind.TIMER, deadline_at=at or self.now + 5000)
+            case "message":
+                draft = a_wait_draft(name, WaitKind.MESSAGE, inbox="in", **fields)
+            case "approval":
+                draft = an_approval_draft(name, rules={"quorum": 2}, deadline_at=at)
+            case _:
+                reminders = (self.now + 500, self.now + 2000)
+                draft = a_wait_draft(name, wait_key="k", remind_at=reminders, **fields)
+        return msgspec.structs.replace(draft, key=self._next, task_id=f"t{self._next}")
 
     def someone(self, n: int) -> str:
         known = sorted(self.every)
@@ -333,6 +466,8 @@ class World:
             self.flow,
             self.children,
             now=self.now,
+            tells=True,
+            new_key=self.new_key,
             limits=LIMITS,
             running=dict(self.code),
             driven=self.driven,
@@ -343,6 +478,10 @@ class World:
             executors=EXECUTORS,
             room=self.room,
         )
+
+    def new_key(self) -> int:
+        self._next += 1
+        return self._next
 
     def turn(self, made: list[Spec | c.Command]) -> list[tuple[c.Command, Taken]]:
         """Fold commands as the engine would, check each, then carry out what they ask for."""
@@ -369,6 +508,7 @@ class World:
         if self.closing:
             assert not any(isinstance(effect, StartTask) for effect in effects)
         self.history += turn.events
+        self.told += turn.updates()
         PLAYED.update(event.type for event in turn.events)
         PLAYED.update(type(effect).__name__ for effect in effects)
         PLAYED.update(
@@ -379,7 +519,12 @@ class World:
         for task_id in reported:
             del self.code[task_id]
             self.asked_to_stop.pop(task_id, None)
+        was_leaving = self.leaving
         self._carry_out(effects)
+        if was_leaving and self.leaving:
+            # It takes its time: one more turn has passed.
+            self.driven = self.leaving = False
+            self.turn([c.ControllerParked()])
         return answers
 
     def _take(self, turn: Turn, view: View, command: c.Command) -> Taken:
@@ -485,10 +630,12 @@ class World:
                 case AbandonController():
                     # Once for each command of the turn that finds it still there; the first one counts.
                     if self.driven:
-                        self.driven = False
+                        self.driven = self.leaving = False
                         self.turn([c.ControllerStopped()])
                 case StartController():
                     self.driven = self.driven or not self.closing
+                case ParkController():
+                    self.leaving = self.driven
                 case StopController():
                     assert self.driven
 
@@ -499,7 +646,7 @@ class World:
         self.asked_to_stop.clear()
         self.killed.clear()
         self.drained.clear()
-        self.driven = self.closing = False
+        self.driven = self.leaving = self.closing = self.gave_way = False
         self.children = Children.of(
             [task for task in self.every.values() if is_active(task)],
             [(t.run_id, t.task_id) for t in self.every.values() if t.run_id is not None],
@@ -520,7 +667,16 @@ def stored(flow: StoredFlow) -> dict[str, Any]:
     """What the flow's row says, but for what the store and the events themselves keep count of."""
     fields = {f.encode_name: getattr(flow, f.name) for f in msgspec.structs.fields(StoredFlow)}
     counted = ("key", "flowId", "revision", "updatedAt", "idempotencyKey", "requestDigest")
-    for name in counted:
+    kept_beside = (
+        "wait",
+        "waitKey",
+        "waitToken",
+        "awaiting",
+        "parkAt",
+        "contentRevision",
+        "grants",
+    )
+    for name in (*counted, *kept_beside):
         del fields[name]
     return {
         name: value for name, value in fields.items() if value is not None and value is not UNSET
@@ -566,6 +722,17 @@ class FlowMachine(RuleBasedStateMachine):
     def more_children(self, made: Spec) -> None:
         self.turns += 1
         self.world.turn([made])
+
+    @rule(made=stands, seconds=st.sampled_from([0, 1, 6, 80]))
+    def a_controller_stands_still(self, made: Spec, seconds: int) -> None:
+        self.world.turn([made])
+        self.world.now += seconds * 1000
+        self.world.turn([c.Tick()])
+
+    @rule(made=st.lists(wait_specs, min_size=1, max_size=3))
+    def waits_are_opened_and_answered(self, made: list[Spec]) -> None:
+        self.turns += 1
+        self.world.turn(list(made))
 
     @precondition(lambda self: self.world.code)
     @rule(made=st.lists(code_ends, min_size=1, max_size=3))
@@ -628,7 +795,8 @@ class FlowMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.driven and self.turns > 3)
     @rule(end=st.sampled_from(["returns", "raises", "gives way"]))
     def controller_ends(self, end: str) -> None:
-        self.world.driven = False
+        self.world.driven = self.world.leaving = False
+        self.world.gave_way = end == "gives way"
         commands: dict[str, c.Command] = {
             "returns": c.Finish(expected_revision=None, patch=c.Patch()),
             "raises": c.Fail(
@@ -732,7 +900,9 @@ class FlowMachine(RuleBasedStateMachine):
             assert flow.status is FlowStatus.BLOCKED
         if flow.status is FlowStatus.BLOCKED and not flow.cancel_requested_at:
             named = flow.blocked_task_id
-            assert named == "t-9" or named in in_review
+            wait = flow.wait if named is None else getattr(world.every.get(named), "wait", None)
+            overdue = wait is not None and wait.is_overdue
+            assert named == "t-9" or named in in_review or overdue
 
     @invariant()
     def nothing_is_tried_more_often_than_its_policy_and_people_allow(self) -> None:
@@ -806,6 +976,40 @@ class FlowMachine(RuleBasedStateMachine):
             assert left <= self.world.code.keys()
 
     @invariant()
+    def what_a_flow_waits_for_is_open(self) -> None:
+        world, flow = self.world, self.world.flow
+        assert flow is not None
+        stood_in = {task_id for group in flow.awaiting for task_id in group}
+        assert stood_in <= world.children.active.keys()
+        standing = flow.status in {FlowStatus.WAITING, FlowStatus.BLOCKED}
+        if flow.wait is not None:
+            assert standing
+            assert not flow.awaiting
+        if flow.status is FlowStatus.WAITING and flow.cancel_requested_at is None:
+            assert flow.wait_json is not UNSET
+        if has_ended(flow) or flow.cancel_requested_at is not None:
+            assert not world.children.waits
+            assert not world.children.letters
+
+    @invariant()
+    def nobody_is_forgotten(self) -> None:
+        """A controller that has something to do is in memory."""
+        world, flow = self.world, self.world.flow
+        assert flow is not None
+        if not world.controllers or world.gave_way or flow.cancel_requested_at is not None:
+            return
+        if not has_ended(flow) and flow.status in {FlowStatus.QUEUED, FlowStatus.RUNNING}:
+            assert world.driven
+
+    @invariant()
+    def the_end_is_told_exactly_once(self) -> None:
+        assert self.world.flow is not None
+        done = [update for update in self.world.told if update.slot == DONE]
+        assert len(done) == has_ended(self.world.flow)
+        slots = [update.slot for update in self.world.told]
+        assert len(slots) == len(set(slots)), "one slot, told twice"
+
+    @invariant()
     def the_book_agrees_with_the_rows(self) -> None:
         active = {i: task for i, task in self.world.every.items() if is_active(task)}
         assert dict(self.world.children.active) == active
@@ -827,7 +1031,7 @@ class FlowMachine(RuleBasedStateMachine):
             if not (world.code or world.driven):
                 break
             if world.driven:
-                world.driven = False
+                world.driven = world.leaving = False
                 world.turn([c.ControllerStopped()])
             if world.code:
                 world.turn([("code_ends", 0, "cancelled")])
@@ -836,6 +1040,8 @@ class FlowMachine(RuleBasedStateMachine):
         assert not world.children.launched()
         self.every_child_ends_at_most_once_and_is_silent_then()
         self.history_tells_the_whole_flow()
+        self.the_end_is_told_exactly_once()
+        assert TOKEN.encode() not in msgspec.json.encode(world.history)
 
 
 class TestFlow(FlowMachine.TestCase):
@@ -860,6 +1066,50 @@ flows = st.one_of(
         st.sampled_from(FlowStatus),
         st.booleans(),
         st.sampled_from(SyncMode),
+    ),
+    st.builds(
+        lambda status, groups, park_at: a_flow(status, awaiting=groups, park_at=park_at),
+        st.sampled_from(LIVE),
+        st.sampled_from([(("W0",),), (("W1", "W2"), ("W0",)), (("gone",),)]),
+        st.sampled_from([None, 1, NOW, NOW + 1]),
+    ),
+    st.builds(
+        lambda status, at, on_timeout: a_flow(
+            status,
+            wait_key="k",
+            wait=Wait(kind=WaitKind.SIGNAL, wait_key="k", deadline_at=at, on_timeout=on_timeout),
+        ),
+        st.sampled_from([FlowStatus.WAITING, FlowStatus.BLOCKED]),
+        st.sampled_from([None, NOW - 1, NOW, NOW + 1]),
+        st.sampled_from(OnTimeout),
+    ),
+)
+instants = st.sampled_from([None, NOW - 1, NOW, NOW + 1])
+open_waits = st.one_of(
+    st.builds(
+        lambda at, on_timeout, overdue: a_wait_draft(
+            "w0",
+            wait_key="k",
+            deadline_at=at,
+            on_timeout=on_timeout,
+            is_overdue=overdue,
+            remind_at=(NOW - 9, NOW + 9),
+        ),
+        instants,
+        st.sampled_from(OnTimeout),
+        st.booleans(),
+    ),
+    st.builds(lambda at: a_wait_draft("w1", WaitKind.TIMER, deadline_at=at or NOW), instants),
+    st.builds(lambda at: a_wait_draft("in", WaitKind.MESSAGE, deadline_at=at), instants),
+    st.builds(lambda at: an_approval_draft("w2", deadline_at=at), instants),
+)
+letters = st.one_of(
+    st.builds(lambda n, at: addressed("w0", Raw(b"1"), n, expires_at=at).draft, small, instants),
+    st.builds(lambda n, asks: told(Raw(b"1"), n, wants_reply=asks).draft, small, st.booleans()),
+    st.builds(
+        lambda n, by: cast(a_vote(approver=by, step="w2"), "w2", n).early,
+        small,
+        st.sampled_from(["ann", "bob"]),
     ),
 )
 children = st.lists(
@@ -904,11 +1154,23 @@ children = st.lists(
             lambda n: a_launched(f"c{n}", TaskStatus.QUEUED, queue_timeout=1.0),
             small,
         ),
+        st.builds(lambda n, draft: an_old_wait(f"w{n}", wait=draft.wait, key=n), small, open_waits),
+        st.builds(
+            lambda n, draft, taken: a_linked(
+                f"l{n}",
+                TaskStatus.RUNNING if taken else TaskStatus.QUEUED,
+                letter=draft.letter,
+                input_json=draft.input_json,
+            ),
+            small,
+            letters,
+            st.booleans(),
+        ),
     ),
     max_size=6,
     unique_by=lambda task: task.task_id,
 )
-task_ids = st.sampled_from([f"{kind}{n}" for kind in "lc" for n in range(6)])
+task_ids = st.sampled_from([f"{kind}{n}" for kind in "lcW" for n in range(6)])
 revisions = st.sampled_from([0, 6, 7, 8])
 drafts = st.builds(
     lambda n, launch, run_id, value: c.TaskDraft(
@@ -926,7 +1188,65 @@ drafts = st.builds(
     st.sampled_from([None, "r"]),
     states,
 )
+step_names = st.sampled_from(["w0", "w1", "w2", "in", "W0", "W3", ""])
+about_waits: st.SearchStrategy[c.Command] = st.one_of(
+    st.builds(
+        lambda made, more, may_park: c.Await(
+            drafts=tuple(made),
+            steps=(*more, *(draft.run_id or "" for draft in made)),
+            may_park=may_park,
+        ),
+        st.lists(open_waits, max_size=2, unique_by=lambda draft: draft.task_id),
+        st.lists(step_names, min_size=1, max_size=2),
+        st.booleans(),
+    ),
+    st.builds(c.StopAwaiting, steps=st.lists(step_names, max_size=2).map(tuple)),
+    st.just(c.ControllerParked()),
+    st.builds(
+        c.Deliver,
+        wait_key=st.sampled_from([None, "k"]),
+        task_id=st.one_of(st.none(), step_names, task_ids),
+        token=st.sampled_from([None, "another"]),
+        payload=st.sampled_from([UNSET, Raw(b"1")]),
+        signal_id=st.sampled_from([None, "s1"]),
+    ),
+    st.builds(lambda n, step: addressed(step or "w0", Raw(b"1"), n), small, step_names),
+    st.builds(lambda n, asks: told(UNSET, n, wants_reply=asks), small, st.booleans()),
+    st.builds(
+        lambda n: c.Tell(draft=msgspec.structs.replace(a_letter("in", n=n), input_json=BROKEN)),
+        small,
+    ),
+    st.builds(
+        lambda kind, step, n, late: cast(a_vote(kind, step="w2"), step, n, expires_at=late),
+        st.sampled_from(VoteKind),
+        st.sampled_from(["w2", "W2", "w0", "none yet"]),
+        small,
+        instants,
+    ),
+    st.builds(
+        lambda n, name, data: c.Notify(
+            draft=c.TaskDraft(
+                key=n, task_id=f"new{n}", runtime="notice", task="notice", run_id=name
+            ),
+            text="Half done.",
+            data=data,
+        ),
+        small,
+        st.sampled_from(["s1", "w0", "r"]),
+        states,
+    ),
+    st.just(c.NoteDelivery(slot="done", reason="410 Gone")),
+    st.builds(
+        c.SetWaiting,
+        expected_revision=revisions,
+        patch=patches,
+        wait_json=json_values,
+        wait=open_waits.map(lambda draft: draft.wait),
+    ),
+)
 any_command: st.SearchStrategy[c.Command] = st.one_of(
+    about_waits,
+    about_waits,
     st.builds(
         c.Create,
         draft=st.just(fresh_flow()),

@@ -27,6 +27,8 @@ TREE: dict[str, str] = {
     "TaskNotLinked": "RefusedError",
     "TaskNotRetryable": "RefusedError",
     "LimitReached": "RefusedError",
+    "NotApproved": "RefusedError",
+    "NotAwaited": "RefusedError",
     "Unavailable": "FlowError",
     "MailboxFull": "Unavailable",
     "RuntimeClosed": "Unavailable",

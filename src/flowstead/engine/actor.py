@@ -18,28 +18,29 @@ from typing import Final, Protocol
 import msgspec
 
 from flowstead.engine.clock import Clock
-from flowstead.engine.committer import Committer
+from flowstead.engine.committer import Committer, Writer
 from flowstead.engine.feed import Feed
 from flowstead.engine.loader import Loader
 from flowstead.engine.mailbox import Envelope, Mailbox, Reply
 from flowstead.engine.slots import Slots
 from flowstead.engine.timers import Timers
 from flowstead.engine.turns import TurnQueue
+from flowstead.engine.unit import Unit
 from flowstead.engine.waiters import Waiters
 from flowstead.errors import OutcomeUnknown, SnapshotUnreadable, StoreError
 from flowstead.log import get_logger
 from flowstead.model.code import Code, Refusal
 from flowstead.model.command import Recover, Tick
-from flowstead.model.effect import AbandonTask, Effect
+from flowstead.model.effect import AbandonTask, Effect, ParkController, StartTask
 from flowstead.model.flow import FlowKey, StoredFlow, has_ended
 from flowstead.model.limits import Limits
 from flowstead.model.task import StoredTask, TaskStatus, is_active
 from flowstead.rules.children import Children
 from flowstead.rules.ladder import flow_due_at, task_due_at
 from flowstead.rules.turn import Turn
-from flowstead.rules.view import View
+from flowstead.rules.view import Shapes, View
 from flowstead.store import codec
-from flowstead.store.codec import EventRow, FlowWrite, TaskRow
+from flowstead.store.codec import EventRow, FlowWrite, TaskRow, UpdateRow
 from flowstead.store.port import Snapshot
 
 log = get_logger(__name__)
@@ -89,6 +90,14 @@ class RunningCode(Protocol):
         ...
 
 
+class Outbox(Protocol):
+    """Who sends the updates that turns write."""
+
+    def note(self, at: int) -> None:
+        """There is an update to send, from this instant on."""
+        ...
+
+
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """All that the actors of one runtime share."""
 
@@ -108,6 +117,11 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     rested: Callable[[Actor], None]
     unregistered: Callable[[FlowKey, Collection[str]], object]
     look_again: Callable[[FlowKey], None]
+    shapes: Shapes
+    opened: Callable[[FlowKey, str], object]
+    """A wait on a key has been opened."""
+    outbox: Outbox | None
+    new_key: Callable[[], int]
 
 
 class Draft(msgspec.Struct, frozen=True, gc=False):
@@ -121,6 +135,8 @@ class Draft(msgspec.Struct, frozen=True, gc=False):
     events: tuple[EventRow, ...]
     answers: tuple[tuple[Envelope, Reply], ...]
     effects: tuple[Effect, ...]
+    updates: tuple[UpdateRow, ...] = ()
+    units: tuple[Unit, ...] = ()
 
 
 class Actor:
@@ -201,7 +217,9 @@ class Actor:
         self._is_loading = False
         if isinstance(snapshot, Exception):
             self._around.slots.turn_over(self.key)
-            for envelope in self.mailbox.take(len(self.mailbox)):
+            envelopes = self.mailbox.take(len(self.mailbox))
+            self._leave(envelopes, veto=not isinstance(snapshot, SnapshotUnreadable))
+            for envelope in envelopes:
                 envelope.fail(snapshot)
             log.error("flow.unreadable", flow_id=self.key.flow_id, reason=str(snapshot))
             if not isinstance(snapshot, SnapshotUnreadable):
@@ -254,6 +272,7 @@ class Actor:
             # A fault of ours must not leave callers waiting, nor half a draft in memory.
             log.exception("turn.crashed", flow_id=self.key.flow_id)
             self._forget()
+            self._leave(envelopes, veto=True)
             for envelope in envelopes:
                 envelope.fail(error)
             self._go_on()
@@ -262,7 +281,7 @@ class Actor:
             self._around.slots.turn_over(self.key)
         if draft is not None:
             self._draft = draft
-            self._around.committer.submit(self._write(draft), self)
+            self._submit(draft)
         else:
             self._go_on()
 
@@ -284,6 +303,9 @@ class Actor:
             executors=around.code.executors,
             room=around.slots.room_for(self.key),
             closing=is_held or around.code.is_stopping,
+            shapes=around.shapes,
+            tells=around.outbox is not None,
+            new_key=around.new_key,
         )
         turn = Turn(view, self._seq)
         docs = _Docs(self._flow, self._doc)
@@ -301,6 +323,7 @@ class Actor:
         around.unregistered(self.key, turn.unregistered)
         flow = view.flow
         if flow is None or not (turn.events or turn.tasks or flow is not self._flow):
+            self._leave(envelopes)
             self._settle(answers, turn.effects())
             return None
         doc = docs.of(flow)
@@ -321,7 +344,35 @@ class Actor:
             tuple([codec.event_row(flow.key, event) for event in turn.events]),
             tuple(answers),
             turn.effects(),
+            tuple([codec.update_row(update, fresh=True) for update in turn.updates()]),
+            self._join(answers),
         )
+
+    def _join(self, answers: list[tuple[Envelope, Reply]]) -> tuple[Unit, ...]:
+        """The units that the draft is written with; those of refused envelopes are left."""
+        asked = [(envelope, reply) for envelope, reply in answers if envelope.unit is not None]
+        if not asked:
+            return ()
+        self._leave([envelope for envelope, reply in asked if reply.refusal is not None])
+        units = [envelope.unit for envelope, reply in asked if reply.refusal is None]
+        return tuple([unit for unit in units if unit is not None])
+
+    def _submit(self, draft: Draft) -> None:
+        """Hand the draft to the committer, with what is written in one transaction with it."""
+        writes: list[tuple[FlowWrite, Writer]] = [(self._write(draft), self)]
+        if not draft.units:
+            return self._around.committer.submit_together(writes)
+        # At most one of several has other members, which may keep us waiting: it comes last.
+        for unit in sorted(draft.units, key=lambda unit: unit.members):
+            [(write, _)] = writes
+            writes = unit.join(write, self)
+        return self._around.committer.submit_together(writes)
+
+    def _leave(self, envelopes: Iterable[Envelope], *, veto: bool = False) -> None:
+        """These change nothing: others in their units need not wait for this flow."""
+        for envelope in envelopes:
+            if (unit := envelope.unit) is not None:
+                self._around.committer.submit_together(unit.veto() if veto else unit.leave())
 
     def _is_held(self) -> bool:
         """Whether nothing of the flow may start, because nobody stands for it in the flow above.
@@ -341,7 +392,7 @@ class Actor:
                 due_at=flow_due_at(draft.flow, self._around.limits),
                 expected_revision=None if self._flow is None else self._flow.revision,
             )
-        return FlowWrite(row, draft.rows, draft.events)
+        return FlowWrite(row, draft.rows, draft.events, (), draft.updates)
 
     # ---- the commit's answer ----------------------------------------------------------------------
 
@@ -350,6 +401,7 @@ class Actor:
         draft, around = self._draft, self._around
         assert draft is not None
         ended_before = self._flow is not None and has_ended(self._flow)
+        waited_before = None if self._flow is None else self._flow.wait
         self._draft = None
         self._flow, self._doc, self._seq = draft.flow, draft.doc, draft.seq
         for envelope, reply in draft.answers:
@@ -359,6 +411,12 @@ class Actor:
         if has_ended(draft.flow) and not ended_before:
             around.flow_ends.settle(self.key, draft.doc)
         self._note_dues(draft.flow, draft.tasks.values())
+        if around.outbox is not None:
+            for update in draft.updates:
+                around.outbox.note(update.due_at or 0)
+        self._tell_opened(
+            draft.flow if draft.flow.wait is not waited_before else None, draft.tasks.values()
+        )
         self._settle_slots(draft)
         around.code.carry_out(self.key, draft.effects)
         self._go_on()
@@ -400,8 +458,12 @@ class Actor:
         if doubtful is None or snapshot is None or snapshot.last_seq < doubtful.seq:
             return
         self._around.feed.doubt(self.key)
-        given_up = [effect for effect in doubtful.effects if isinstance(effect, AbandonTask)]
-        self._around.code.carry_out(self.key, given_up)
+        left = (AbandonTask, ParkController)
+        gone = [effect for effect in doubtful.effects if isinstance(effect, left)]
+        self._around.code.carry_out(self.key, gone)
+        self._tell_opened(snapshot.flow, snapshot.active)
+        if self._around.outbox is not None:
+            self._around.outbox.note(0)
         self._tell_ends(doubtful.tasks.values())
         if has_ended(snapshot.flow):
             self._around.flow_ends.settle(self.key, snapshot.doc)
@@ -420,16 +482,26 @@ class Actor:
                 if around.task_ends.wanted(task.task_id):
                     around.task_ends.settle(task.task_id, codec.encode(task))
 
+    def _tell_opened(self, flow: StoredFlow | None, tasks: Iterable[StoredTask]) -> None:
+        """A signal may have come early for one of these waits."""
+        for task in tasks:
+            if task.wait is not None and task.wait.wait_key is not None and is_active(task):
+                self._around.opened(self.key, task.wait.wait_key)
+        if flow is not None and flow.wait is not None and flow.wait.wait_key is not None:
+            self._around.opened(self.key, flow.wait.wait_key)
+
     def _settle_slots(self, draft: Draft) -> None:
         """Count who runs from now on, and free the slots of those that do not run any more."""
-        slots = self._around.slots
+        slots, running = self._around.slots, self._around.code.running
+        begun = {e.task.task_id for e in draft.effects if isinstance(e, StartTask)}
         for task in draft.tasks.values():
             if task.launch is None:
                 continue
-            if task.status is TaskStatus.RUNNING:
-                slots.hold(self.key, task)
-            else:
+            if task.status is not TaskStatus.RUNNING:
                 slots.give_back(task.task_id)
+            elif task.task_id in begun or task.task_id in running:
+                # Not one that nobody runs: it was cut off, and waits for its controller to ask for it.
+                slots.hold(self.key, task)
 
     def _settle_doubtful_slots(self, doubtful: Draft) -> None:
         """The snapshot knows who runs: the others of a draft nobody could vouch for keep no slot."""

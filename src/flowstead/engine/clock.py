@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -67,6 +68,10 @@ class Ids(Protocol):
         """A number in [0, 1)."""
         ...
 
+    def token(self) -> str:
+        """A secret that nobody can guess, fit for a URL."""
+        ...
+
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 
@@ -86,6 +91,9 @@ class SystemIds:
 
     def chance(self) -> float:
         return random.random()
+
+    def token(self) -> str:
+        return secrets.token_urlsafe(32)
 
 
 @lru_cache(maxsize=256)

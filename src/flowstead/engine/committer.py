@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 from flowstead.errors import CommitFailed, OutcomeUnknown, StoreError, StoreInUse, WriteConflict
@@ -55,17 +55,24 @@ class Committer:
         self._store = store
         self._batch = batch
         self._on_lost = on_lost
-        self._pending: deque[tuple[FlowWrite, Writer]] = deque()
+        self._pending: deque[list[tuple[FlowWrite, Writer]]] = deque()
         self._wanted: asyncio.Event = asyncio.Event()
         self._stopping = self._is_over = False
         self.statistics = CommitStatistics()
 
     def submit(self, write: FlowWrite, writer: Writer) -> None:
         """Queue an encoded write for the next batch."""
-        if self._is_over:
-            asyncio.get_running_loop().call_soon(writer.failed, CommitFailed(_OVER))
+        self.submit_together([(write, writer)])
+
+    def submit_together(self, writes: list[tuple[FlowWrite, Writer]]) -> None:
+        """Queue writes that share one fate: all of them are in one transaction, and none without the others."""
+        if not writes:
             return
-        self._pending.append((write, writer))
+        if self._is_over:
+            for _, writer in writes:
+                asyncio.get_running_loop().call_soon(writer.failed, CommitFailed(_OVER))
+            return
+        self._pending.append(writes)
         self._wanted.set()
 
     def stop(self) -> None:
@@ -85,7 +92,7 @@ class Committer:
             if not self._stopping:
                 self._on_lost()
             while self._pending:
-                self._refuse(self._take(), CommitFailed(_OVER))
+                self._refuse(_flat(self._take()), CommitFailed(_OVER))
 
     async def _run(self) -> None:
         while True:
@@ -107,20 +114,26 @@ class Committer:
             # It can be done later; commits matter more.
             log.warning("upkeep.failed", error=repr(error))
 
-    def _take(self) -> list[tuple[FlowWrite, Writer]]:
-        return [self._pending.popleft() for _ in range(min(self._batch, len(self._pending)))]
+    def _take(self) -> list[list[tuple[FlowWrite, Writer]]]:
+        taken: list[list[tuple[FlowWrite, Writer]]] = []
+        size = 0
+        while self._pending and (not taken or size + len(self._pending[0]) <= self._batch):
+            taken.append(self._pending.popleft())
+            size += len(taken[-1])
+        return taken
 
-    async def _commit(self, batch: list[tuple[FlowWrite, Writer]]) -> None:
+    async def _commit(self, units: list[list[tuple[FlowWrite, Writer]]]) -> None:
+        batch = _flat(units)
         counts = self.statistics
         counts.batches += 1
         counts.largest_batch = max(counts.largest_batch, len(batch))
         try:
             position = await self._store.commit([write for write, _ in batch])
         except WriteConflict as conflict:
-            if len(batch) == 1:
+            if len(units) == 1:
                 self._refuse(batch, conflict)
             else:
-                await self._commit_singly(batch)
+                await self._commit_singly(units)
         except (CommitFailed, OutcomeUnknown, StoreInUse) as error:
             if isinstance(error, StoreInUse):
                 # Somebody else acts on these flows now: code that runs here must not go on.
@@ -144,13 +157,13 @@ class Committer:
                     log.exception("commit.not_adopted")
                 position += len(write.events)
 
-    async def _commit_singly(self, batch: list[tuple[FlowWrite, Writer]]) -> None:
-        left = deque(batch)
+    async def _commit_singly(self, units: list[list[tuple[FlowWrite, Writer]]]) -> None:
+        left = deque(units)
         try:
             while left:
                 await self._commit([left.popleft()])
         finally:
-            self._refuse(list(left), CommitFailed(_OVER))
+            self._refuse(_flat(left), CommitFailed(_OVER))
 
     def _refuse(self, batch: list[tuple[FlowWrite, Writer]], error: StoreError) -> None:
         if not batch:
@@ -159,3 +172,7 @@ class Committer:
         log.error("commit.failed", writes=len(batch), error=type(error).__name__, reason=str(error))
         for _, writer in batch:
             writer.failed(error)
+
+
+def _flat(units: Iterable[list[tuple[FlowWrite, Writer]]]) -> list[tuple[FlowWrite, Writer]]:
+    return [write for unit in units for write in unit]

@@ -17,13 +17,16 @@ import msgspec
 from flowstead.engine.actor import Actor, Surroundings
 from flowstead.engine.clock import Clock, Handle, Ids
 from flowstead.engine.committer import Committer
+from flowstead.engine.desk import Desk
 from flowstead.engine.feed import Feed
 from flowstead.engine.loader import Loader
 from flowstead.engine.mailbox import Envelope, Reply
+from flowstead.engine.postman import Postman, Send
 from flowstead.engine.slots import Slots
 from flowstead.engine.supervisor import Door, Supervisor
 from flowstead.engine.timers import Timers
 from flowstead.engine.turns import TurnQueue
+from flowstead.engine.unit import Unit
 from flowstead.engine.waiters import Waiters
 from flowstead.errors import RuntimeClosed, StoreError
 from flowstead.log import get_logger
@@ -31,6 +34,8 @@ from flowstead.model.code import MAILBOX_FULL
 from flowstead.model.command import Command, ReleaseTasks, Tick, Wake
 from flowstead.model.flow import FlowKey
 from flowstead.model.limits import Limits
+from flowstead.model.retry import Retry
+from flowstead.rules.shapes import Shapes
 from flowstead.store.port import Store
 
 log = get_logger(__name__)
@@ -40,6 +45,8 @@ _RECOVER_AGAIN_SECONDS: Final = 1.0
 _KILL_SECONDS: Final = 2.0
 _GIVEN_UP_SECONDS: Final = 0.2
 _LET_GO_AT_ONCE: Final = 2_000
+DELIVERIES: Final = Retry(max_attempts=12, initial=1.0, factor=2.0, max_delay=3600.0)
+"""How often, and how far apart, an update is offered to the notifier, unless the host says otherwise."""
 _RUNTIME: Final = "runtime"
 
 
@@ -49,7 +56,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     `flows_in_memory` counts actors, `running_children` children whose code runs, `waiting_mutations` envelopes
     in mailboxes. `commits` counts transactions, `flow_writes` the flow turns in them. `ignored_stops` counts
     children that were asked to stop and did not soon, `abandoned` code that was given up. `loop_stalls` counts how
-    often the event loop was held up while children ran, `stalled_seconds` for how long in all.
+    often the event loop was held up while children ran, `stalled_seconds` for how long in all. `delivered` counts
+    updates that the notifier took over, `deliveries_failed` those that were given up.
     """
 
     flows_in_memory: int
@@ -63,6 +71,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     abandoned: int
     loop_stalls: int
     stalled_seconds: float
+    delivered: int = 0
+    deliveries_failed: int = 0
 
 
 class Engine:
@@ -80,6 +90,8 @@ class Engine:
         functions: Collection[str],
         most_of: Callable[[str], int | None] = lambda _: None,
         watch_loop: bool = False,
+        send: Send | None = None,
+        deliveries: Retry = DELIVERIES,
     ) -> None:
         self.store = store
         self.clock = clock
@@ -100,6 +112,21 @@ class Engine:
         self.committer = Committer(store, limits.batch, on_lost=self.supervisor.stop)
         self._loader = Loader(store)
         self._timers = Timers(store, clock, self._tick)
+        self.desk = Desk(store, self.committer, clock, self.ask)
+        self.postman = (
+            None
+            if send is None
+            else Postman(
+                store,
+                self.committer,
+                clock,
+                ids,
+                send=send,
+                retry=deliveries,
+                limits=limits,
+                post=self.ask,
+            )
+        )
         self._slots = Slots(limits.running_in_all, most_of, self._wake)
         self._around = Surroundings(
             clock=clock,
@@ -118,6 +145,10 @@ class Engine:
             rested=self._rested,
             look_again=self._look_again,
             unregistered=self._tell_unregistered,
+            shapes=Shapes(),
+            opened=self.desk.opened,
+            outbox=self.postman,
+            new_key=store.next_key,
         )
         # Least recently asked first; an actor that goes is only memory, its flow is in the store.
         self._actors: OrderedDict[FlowKey, Actor] = OrderedDict()
@@ -131,21 +162,33 @@ class Engine:
     # ---- asking -----------------------------------------------------------------------------------
 
     def ask(
-        self, key: FlowKey, command: Command, actor: str, *, is_new: bool = False
+        self,
+        key: FlowKey,
+        command: Command,
+        actor: str,
+        *,
+        is_new: bool = False,
+        unit: Unit | None = None,
+        bounded: bool = True,
     ) -> asyncio.Future[Reply]:
         """Post a command; the future is settled once what it says is durable.
 
-        Cancelling the future changes nothing about the command. A full mailbox answers `overloaded` at once.
+        Cancelling the future changes nothing about the command. A full mailbox answers `overloaded` at once, where
+        it is `bounded`. A `unit` is left by a command that changes nothing.
 
         Raises:
             RuntimeClosed: Closing has begun.
         """
         if self._is_closed:
+            if unit is not None:
+                self.committer.submit_together(unit.veto())
             raise RuntimeClosed("This runtime is closing. Nothing was changed.")
         reply: asyncio.Future[Reply] = self._loop.create_future()
         try:
-            self._actor(key, is_new).post(Envelope(command, actor, reply))
+            self._actor(key, is_new).post(Envelope(command, actor, reply, unit), bounded=bounded)
         except anyio.WouldBlock:
+            if unit is not None:
+                self.committer.submit_together(unit.veto())
             reply.set_result(Reply(None, MAILBOX_FULL))
         return reply
 
@@ -201,6 +244,8 @@ class Engine:
             abandoned=self.supervisor.abandoned,
             loop_stalls=0 if stalls is None else stalls.stalls,
             stalled_seconds=0.0 if stalls is None else stalls.stalled,
+            delivered=0 if self.postman is None else self.postman.delivered,
+            deliveries_failed=0 if self.postman is None else self.postman.failed,
         )
 
     # ---- actors -----------------------------------------------------------------------------------
@@ -292,6 +337,7 @@ class Engine:
             ("loader", self._loader.run),
             ("supervisor", self.supervisor.run),
             ("timers", self._timers.run),
+            *(() if self.postman is None else (("postman", self.postman.run),)),
         ):
             self._begin(name, job)
         # Nothing can be started before the supervisor's task group stands.
@@ -317,6 +363,9 @@ class Engine:
         committer, loader, supervisor, *others = self._tasks
         self.begin_closing()
         self._timers.close()
+        await self.desk.aclose()
+        if self.postman is not None:
+            await self.postman.aclose()
         if self._sweep is not None:
             self._sweep.cancel()
         has_somebody = self.supervisor.waits_for_somebody
@@ -383,6 +432,7 @@ class Engine:
             }
             for controller_id, flows in self.unregistered.items():
                 log.warning("controller.unregistered", controller_id=controller_id, flows=flows)
+        await self.desk.recover()
         after = 0
         while page := await self.store.list_unfinished(
             self._controllers, after_key=after, limit=_RECOVERY_PAGE

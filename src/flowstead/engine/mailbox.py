@@ -11,6 +11,7 @@ import asyncio
 import anyio
 import msgspec
 
+from flowstead.engine.unit import Unit
 from flowstead.model.code import Refusal
 from flowstead.model.command import Command
 from flowstead.model.task import StoredTask
@@ -28,11 +29,12 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False):
-    """A command on its way to an actor, who asked, and where the reply goes."""
+    """A command on its way to an actor, who asked, and where the reply goes; `unit` is what is written with it."""
 
     command: Command
     actor: str
     reply: asyncio.Future[Reply]
+    unit: Unit | None = None
 
     def answer(self, reply: Reply) -> None:
         """Settle the reply; settling one that nobody awaits any more does nothing."""

@@ -31,6 +31,7 @@ from flowstead.engine.guard import (
     run_guarded,
 )
 from flowstead.engine.mailbox import Reply
+from flowstead.engine.parked import Parked
 from flowstead.engine.stalls import Culprit, StallWatch, child_task_name
 from flowstead.engine.stop_scope import StopScope
 from flowstead.errors import (
@@ -45,6 +46,7 @@ from flowstead.log import get_logger
 from flowstead.model.code import Code
 from flowstead.model.command import (
     Command,
+    ControllerParked,
     ControllerStopped,
     EndReport,
     EnterController,
@@ -58,6 +60,7 @@ from flowstead.model.effect import (
     DrainTask,
     Effect,
     KillTask,
+    ParkController,
     StartController,
     StartTask,
     StopController,
@@ -100,6 +103,10 @@ class Door(Protocol):
 
     def bound_of(self, key: FlowKey) -> Container[str]:
         """Names of the flow's children whose unregistered functions are in memory."""
+        ...
+
+    def park(self, key: FlowKey) -> None:
+        """End the flow's controller where it waits, by `Parked`, if that is where it is."""
         ...
 
     async def drive(self, key: FlowKey, controller_id: str, doc: bytes) -> None:
@@ -238,6 +245,8 @@ class Supervisor:
                     crew = self._crews.get(key)
                     if crew is not None and crew.controller is not None:
                         crew.controller.cancel()
+                case ParkController():
+                    self._door.park(key)
                 case AbandonController():  # pragma: no branch - there is no other effect
                     self._abandon_controller(key)
         if stops:
@@ -497,6 +506,9 @@ class Supervisor:
                 return ControllerStopped()
             return _controller_failed(error)
         except BaseException as error:
+            if consists_of(error, Parked):
+                await absorb_own_cancel()
+                return ControllerParked()
             if self._stopping and consists_of(error, RuntimeClosed):
                 # It asked for something a moment before it was stopped; the next runtime enters it again.
                 raise asyncio.CancelledError from error

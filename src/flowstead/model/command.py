@@ -11,8 +11,10 @@ from typing import TypeAlias
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from flowstead.model.approval import Vote
 from flowstead.model.flow import Failure, FlowStatus, StoredFlow
 from flowstead.model.task import Launch, Outcome, StoredTask, TaskStatus, TerminalOutcome
+from flowstead.model.wait import Letter, Wait
 
 
 class Defect(msgspec.Struct, frozen=True, gc=False):
@@ -47,6 +49,7 @@ class SetWaiting(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     expected_revision: int
     patch: Patch
     wait_json: Encoded
+    wait: Wait | None = None
     blocked_task_id: str | None = None
     blocked_summary: str | None = None
 
@@ -64,6 +67,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     expected_revision: int
     patch: Patch
+    by_controller: bool = False
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -111,7 +115,11 @@ class ControllerStopped(msgspec.Struct, frozen=True, gc=False):
 
 
 class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A child to be: what its caller fixes. With a `launch` the runtime runs it, else it is linked."""
+    """A child to be: what its caller fixes. With a `launch` the runtime runs it, else it is linked.
+
+    One with a `wait` is waited for, one with a `letter` brings a message. `approval` names the step whose approval
+    it needs.
+    """
 
     key: int
     task_id: str
@@ -129,6 +137,9 @@ class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     queue_timeout: float | None = None
     child_flow_id: str | None = None
     launch: Launch | None = None
+    wait: Wait | None = None
+    letter: Letter | None = None
+    approval: str | None = None
 
 
 class Spawn(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -142,6 +153,78 @@ class AddTasks(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Link or launch children. A known `run_id` answers the child that has it."""
 
     drafts: tuple[TaskDraft, ...]
+
+
+class Await(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The controller stands still until one of its steps ends, those in `drafts` among them.
+
+    `steps` are run ids or task ids. One that may not be parked is in the midst of something that would be lost.
+    """
+
+    drafts: tuple[TaskDraft, ...] = ()
+    steps: tuple[str, ...]
+    may_park: bool = True
+
+
+class StopAwaiting(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The controller went on without an answer: its own code stopped waiting for these steps."""
+
+    steps: tuple[str, ...]
+
+
+class ControllerParked(msgspec.Struct, frozen=True, gc=False):
+    """The controller has left memory; if the flow was woken meanwhile, it is entered again."""
+
+
+class Deliver(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An answer from outside, for a wait on a key, or for one wait: a child, or by an empty id the flow's own.
+
+    With the digest of a `token`, for no other own wait than the one that has it.
+    """
+
+    wait_key: str | None = None
+    task_id: str | None = None
+    token: str | None = None
+    payload: Raw | UnsetType = UNSET
+    signal_id: str | None = None
+
+
+class Tell(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A message for an inbox of the flow: taken at once by who waits for it, or kept until somebody does.
+
+    One for a `step` is not kept once there has been such a step.
+    """
+
+    draft: TaskDraft
+    step: str | None = None
+
+
+class CastVote(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One person's word on an approval, named by its child's id or its step.
+
+    `early` keeps it until the question is asked.
+    """
+
+    step: str
+    vote: Vote
+    early: TaskDraft | None = None
+
+
+class Notify(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Tell the owner something, once for each step name; with a bucket, as part of a digest at `due_at`."""
+
+    draft: TaskDraft
+    text: str
+    data: Encoded | UnsetType = UNSET
+    bucket: str | None = None
+    due_at: int | None = None
+
+
+class NoteDelivery(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An update could not be delivered and was given up."""
+
+    slot: str
+    reason: str
 
 
 class StartReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -224,6 +307,14 @@ Command: TypeAlias = (
     | ControllerStopped
     | Spawn
     | AddTasks
+    | Await
+    | StopAwaiting
+    | ControllerParked
+    | Deliver
+    | Tell
+    | CastVote
+    | Notify
+    | NoteDelivery
     | StartReport
     | ProgressReport
     | EndReport

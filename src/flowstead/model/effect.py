@@ -61,6 +61,10 @@ class StopController(msgspec.Struct, frozen=True):
     """Cancel the scope of the flow's controller."""
 
 
+class ParkController(msgspec.Struct, frozen=True):
+    """End the controller where it waits; it is entered again when the flow is woken."""
+
+
 class AbandonController(msgspec.Struct, frozen=True):
     """Count a controller that would not stop as running no more."""
 
@@ -73,5 +77,6 @@ Effect: TypeAlias = (
     | DrainTask
     | StartController
     | StopController
+    | ParkController
     | AbandonController
 )

@@ -15,6 +15,8 @@ class EventType(StrEnum):
     FLOW_CREATED = "flow.created"
     FLOW_STARTED = "flow.started"
     FLOW_WAITING = "flow.waiting"
+    FLOW_PARKED = "flow.parked"
+    FLOW_REMINDED = "flow.reminded"
     FLOW_BLOCKED = "flow.blocked"
     FLOW_RESUMED = "flow.resumed"
     FLOW_UPDATED = "flow.updated"
@@ -34,6 +36,11 @@ class EventType(StrEnum):
     TASK_REVIEW_REQUESTED = "task.review_requested"
     TASK_RELEASED = "task.released"
     TASK_INTERRUPTED = "task.interrupted"
+    TASK_REMINDED = "task.reminded"
+    TASK_VOTED = "task.voted"
+    TASK_OVERDUE = "task.overdue"
+    TASK_TAKEN = "task.taken"
+    UPDATE_FAILED = "update.failed"
     TASK_ENDED = "task.ended"
 
 

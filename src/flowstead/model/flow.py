@@ -8,19 +8,16 @@ afresh each time, so no caller can reach the runtime's memory through a record.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Final
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from flowstead.model.approval import Grant
 from flowstead.model.retry import Category
-
-Json: TypeAlias = Any
-"""Any value JSON can hold: str, int, finite float, bool, None, and lists and string-keyed dicts of these."""
-
-
-Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-"""A count or an instant in epoch milliseconds: what a database column can hold."""
+from flowstead.model.values import Json as Json
+from flowstead.model.values import Whole as Whole
+from flowstead.model.wait import Wait
 
 
 class SyncMode(StrEnum):
@@ -77,7 +74,8 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
 
     Instants are integer epoch milliseconds. `ended_at` is set exactly when the flow is final. `cancel_started_at`
     is set once what runs is being stopped, `parent_task_id` where the flow is the child of another one, and
-    `retry_of` names the ended flow that this one goes on from.
+    `retry_of` names the ended flow that this one goes on from. `answer_json` is what the last wait of the flow's
+    own (`set_waiting`) was answered with: `{"payload", "signalId", "at"}`, or `{"timedOut": true, "at"}`.
     """
 
     flow_id: str
@@ -100,6 +98,7 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defau
     cancel_started_at: Whole | None = None
     parent_task_id: str | None = None
     retry_of: str | None = None
+    answer_json: Json = None
     failure: Failure | None = None
     created_at: Whole
     updated_at: Whole
@@ -111,6 +110,12 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
 
     `key` is the store's number for the flow; ids are unique only per owner. `depth` counts the flows above a
     nested one, and `root_id` is the id of the topmost.
+
+    `wait` is how the flow's own wait is answered, `wait_key` the digest of that or of the last one, and
+    `wait_token` that of its token. `awaiting` is what its controller stands in: groups of children, of which the
+    first to end wakes it. Until `park_at` is cleared the controller may still be in memory, and has to be entered
+    again if it is not. `content_revision` is the revision at which somebody else than the controller last changed
+    the content, and `grants` are what approvals allow.
     """
 
     key: Whole
@@ -121,6 +126,14 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
     request_digest: str | None = None
     depth: Whole = 0
     root_id: str | None = None
+    answer_json: Raw | UnsetType = UNSET
+    wait: Wait | None = None
+    wait_key: str | None = None
+    wait_token: str | None = None
+    awaiting: tuple[tuple[str, ...], ...] = ()
+    park_at: Whole | None = None
+    content_revision: Whole = 0
+    grants: dict[str, Grant] = {}
 
 
 def has_ended(flow: Flow) -> bool:

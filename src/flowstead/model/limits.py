@@ -27,6 +27,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         cancel_grace: How long a requested cancel may stay without an end before the runtime ends the flow.
         kill_after: How long a child that is stopped may take to end by itself; then its processes are killed.
         abandon_after: How long after that a child is given up: it ends as cancelled, whatever its code still does.
+        park_seconds: How long a controller that waits stays in memory; then it leaves, and is entered again when
+            it is woken.
+        signal_lifetime: How long a signal that nobody waits for yet is kept.
+        messages: Most messages of one flow that nobody has taken yet.
+        deliveries: Most updates being sent at once.
+        delivery_seconds: How long a notifier may take over one update.
         stall_seconds: How long the event loop may be held up before it counts as a stall.
         shutdown_grace: How long closing waits for children to stop.
         idle_seconds: How long an idle flow stays in memory.
@@ -51,6 +57,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     cancel_grace: float = 60.0
     kill_after: float = 5.0
     abandon_after: float = 25.0
+    park_seconds: float = 5.0
+    signal_lifetime: float = 7 * 24 * 3600.0
+    messages: int = 10_000
+    deliveries: int = 16
+    delivery_seconds: float = 30.0
     stall_seconds: float = 0.5
     shutdown_grace: float = 5.0
     idle_seconds: float = 5.0

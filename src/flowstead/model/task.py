@@ -10,6 +10,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.model.flow import Failure, Json, NotifyPolicy, Whole
 from flowstead.model.retry import Retry
+from flowstead.model.wait import Letter, Wait
 
 
 class TaskStatus(StrEnum):
@@ -126,7 +127,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_def
 
 
 class StoredTask(Task, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):
-    """A child as the runtime keeps it. `interruptions` counts attempts cut off by a crash."""
+    """A child as the runtime keeps it. `interruptions` counts attempts cut off by a crash.
+
+    One with a `wait` stands still for its flow until it is answered; one with a `letter` is a message to it.
+    """
 
     key: Whole
     flow_key: Whole
@@ -134,11 +138,18 @@ class StoredTask(Task, frozen=True, kw_only=True, rename="camel", omit_defaults=
     result_json: Raw | UnsetType = UNSET
     launch: Launch | None = None
     interruptions: Whole = 0
+    wait: Wait | None = None
+    letter: Letter | None = None
 
 
 def is_bare(launch: Launch) -> bool:
     """Whether the child runs a function that only its own process has."""
     return launch.function is None and launch.spec is UNSET
+
+
+def is_owned(task: StoredTask) -> bool:
+    """Whether the child is the runtime's own affair, rather than run and reported on by somebody else."""
+    return task.launch is not None or task.wait is not None or task.letter is not None
 
 
 def is_active(task: Task) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
-from flowstead.model.task import StoredTask, TaskStatus, is_active
+from flowstead.model.task import StoredTask, TaskStatus, is_active, is_owned
 
 
 class Group:
@@ -33,11 +33,14 @@ class Group:
 
 class Children(msgspec.Struct, gc=False):
     """The book. `active` maps task id to the child, `in_review` names those a person has to look at, oldest
-    first. Read them freely, change them only by `put`."""
+    first, `waits` those that stand still for the flow, and `letters`, inbox by inbox, the messages nobody has taken
+    yet, oldest first. Read them freely, change them only by `put`."""
 
     active: dict[str, StoredTask] = {}
     run_ids: dict[str, str] = {}
     in_review: dict[str, None] = {}
+    waits: dict[str, None] = {}
+    letters: dict[str, dict[str, None]] = {}
     _groups: dict[str, Group] = {}
     _in_line: dict[str, None] = {}
 
@@ -69,6 +72,13 @@ class Children(msgspec.Struct, gc=False):
             self.in_review.pop(task.task_id, None)
         if task.run_id is not None:
             self.run_ids[task.run_id] = task.task_id
+        if task.wait is not None:
+            _note(self.waits, task.task_id, is_in=is_active(task))
+        elif task.letter is not None:
+            inbox = self.letters.setdefault(task.letter.inbox, {})
+            _note(inbox, task.task_id, is_in=task.status is TaskStatus.QUEUED)
+            if not inbox:
+                del self.letters[task.letter.inbox]
         if task.launch is not None:
             group = self._group_of(task)
             group.running += _runs(task) - (before is not None and _runs(before))
@@ -135,6 +145,23 @@ class Children(msgspec.Struct, gc=False):
         """The active children this runtime runs, oldest first."""
         return [task for task in self.active.values() if task.launch is not None]
 
+    def owned(self) -> list[StoredTask]:
+        """The active children that are the runtime's own affair, oldest first."""
+        return [task for task in self.active.values() if is_owned(task)]
+
+    def open_waits(self) -> list[StoredTask]:
+        """The children that wait for an answer, oldest first."""
+        return [self.active[task_id] for task_id in self.waits]
+
+    def letters_in(self, inbox: str) -> list[StoredTask]:
+        """The messages that nobody has taken yet, oldest first."""
+        return [self.active[task_id] for task_id in self.letters.get(inbox, ())]
+
+    @property
+    def untaken(self) -> int:
+        """How many messages nobody has taken yet."""
+        return sum(map(len, self.letters.values()))
+
     def _group_of(self, task: StoredTask) -> Group:
         assert task.launch is not None
         group = self._groups.get(name := task.launch.group or "")
@@ -142,6 +169,13 @@ class Children(msgspec.Struct, gc=False):
             group = self._groups[name] = Group()
         group.limit = task.launch.limit
         return group
+
+
+def _note(names: dict[str, None], name: str, *, is_in: bool) -> None:
+    if is_in:
+        names[name] = None
+    else:
+        names.pop(name, None)
 
 
 def _runs(task: StoredTask) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from msgspec import UNSET
 
 from flowstead.model import command as c
@@ -22,14 +23,15 @@ from flowstead.model.code import (
     Code,
     Refusal,
 )
-from flowstead.model.effect import DrainTask, StopController
+from flowstead.model.effect import DrainTask, Effect, ParkController, StopController
 from flowstead.model.event import EventType
 from flowstead.model.flow import FlowStatus, StoredFlow, SyncMode, has_ended
+from flowstead.rules import answers, lifecycle, mirror, news, review, stops, waits
 from flowstead.rules import decide_tasks as tasks
-from flowstead.rules import lifecycle, mirror, review, stops
 from flowstead.rules.lifecycle import Operation
 from flowstead.rules.recovery import recover
 from flowstead.rules.view import (
+    NO_WAIT,
     NOTHING,
     Answer,
     Decision,
@@ -41,6 +43,8 @@ from flowstead.rules.view import (
     enter_controller,
     start_cancel,
 )
+from flowstead.rules.wait_keys import token_digest_of
+from flowstead.rules.waits import NEVER_PARKED, may_be_in_memory
 
 
 def decide(view: View, command: c.Command) -> Answer:
@@ -90,16 +94,24 @@ def _set_waiting(view: View, command: c.SetWaiting) -> Answer:
     if isinstance(command.wait_json, c.Defect):
         return defect_refusal(command.wait_json)
     blocked = command.blocked_task_id is not None or command.blocked_summary is not None
-    return _changed(
+    answer = _changed(
         flow,
         view.now,
         EventType.FLOW_BLOCKED if blocked else EventType.FLOW_WAITING,
         command.patch,
         status=FlowStatus.BLOCKED if blocked else FlowStatus.WAITING,
         wait_json=command.wait_json,
+        wait=command.wait,
+        wait_key=None if command.wait is None else command.wait.wait_key,
+        wait_token=token_digest_of(command.wait),
+        awaiting=(),
+        park_at=None,
         blocked_task_id=command.blocked_task_id,
         blocked_summary=command.blocked_summary,
     )
+    if isinstance(answer, Refusal):
+        return answer
+    return msgspec.structs.replace(_stamp_content(answer), effects=_leave_wait(view, flow))
 
 
 def _resume(view: View, command: c.Resume) -> Answer:
@@ -112,27 +124,43 @@ def _resume(view: View, command: c.Resume) -> Answer:
         EventType.FLOW_RESUMED,
         command.patch,
         status=command.status,
-        wait_json=UNSET,
         blocked_task_id=None,
         blocked_summary=None,
+        **NO_WAIT,
     )
     if isinstance(answer, Refusal):
         return answer
+    if command.patch != c.Patch():
+        answer = _stamp_content(answer)
     reviewed = review.approve_blocker(view, flow)
     return Decision(
         flow=answer.flow,
         tasks=reviewed.tasks,
         facts=(*answer.facts, *reviewed.facts),
-        effects=enter_controller(view, flow),
+        effects=_enter_again(view, flow),
         lined_up=reviewed.lined_up,
     )
+
+
+def _enter_again(view: View, flow: StoredFlow) -> tuple[Effect, ...]:
+    """Enter the controller; one that stands in a wait which is not its flow's any more leaves it first."""
+    return _leave_wait(view, flow) or enter_controller(view, flow)
+
+
+def _leave_wait(view: View, flow: StoredFlow) -> tuple[Effect, ...]:
+    """Send a controller away from where it stands; one that would lose something by it stays."""
+    stays = not flow.awaiting or flow.park_at == NEVER_PARKED
+    return () if stays or not view.driven else (ParkController(),)
 
 
 def _update(view: View, command: c.Update) -> Answer:
     flow = _admit(view, Operation.UPDATE, command.expected_revision)
     if isinstance(flow, Refusal):
         return flow
-    return _changed(flow, view.now, EventType.FLOW_UPDATED, command.patch)
+    answer = _changed(flow, view.now, EventType.FLOW_UPDATED, command.patch)
+    if command.by_controller or isinstance(answer, Refusal):
+        return answer
+    return _stamp_content(answer)
 
 
 def _finish(view: View, command: c.Finish) -> Answer:
@@ -145,10 +173,10 @@ def _finish(view: View, command: c.Finish) -> Answer:
         EventType.FLOW_SUCCEEDED,
         command.patch,
         status=FlowStatus.SUCCEEDED,
-        wait_json=UNSET,
         blocked_task_id=None,
         blocked_summary=None,
         ended_at=max(view.now, flow.updated_at),
+        **NO_WAIT,
     )
 
 
@@ -166,9 +194,9 @@ def _fail(view: View, command: c.Fail) -> Answer:
         EventType.FLOW_FAILED,
         command.patch,
         status=FlowStatus.FAILED,
-        wait_json=UNSET,
         failure=command.failure,
         ended_at=max(view.now, flow.updated_at),
+        **NO_WAIT,
         **{name: value for name, value in named.items() if value is not UNSET},
     )
 
@@ -228,9 +256,18 @@ def _enter_controller(view: View, command: c.EnterController) -> Answer:
         return NOT_FOUND
     if has_ended(flow):
         return Refusal(Code.TERMINAL, f"Flow is already {flow.status.value}.")
-    if flow.status is not FlowStatus.QUEUED:
+    fields: dict[str, Any] = {}
+    if may_be_in_memory(flow):
+        # It stood in a wait when its process ended; now it is on its way there again.
+        is_blocked = flow.status is FlowStatus.BLOCKED
+        fields = {"park_at": NEVER_PARKED} if is_blocked else NO_WAIT
+        if is_blocked and flow.park_at == NEVER_PARKED:
+            return NOTHING
+    elif flow.status is not FlowStatus.QUEUED:
         return NOTHING
-    after, fact = change_flow(flow, view.now, EventType.FLOW_STARTED, status=FlowStatus.RUNNING)
+    if flow.status is not FlowStatus.BLOCKED:
+        fields = {**fields, "status": FlowStatus.RUNNING}
+    after, fact = change_flow(flow, view.now, EventType.FLOW_STARTED, **fields)
     return Decision(flow=after, facts=(fact,))
 
 
@@ -269,6 +306,14 @@ def _conflict(flow: StoredFlow, expected: int | None) -> Refusal:
     )
 
 
+def _stamp_content(answer: Decision) -> Decision:
+    """Note that somebody else than the controller has changed what the flow holds."""
+    flow = answer.flow
+    assert flow is not None
+    stamped = msgspec.structs.replace(flow, content_revision=flow.revision)
+    return msgspec.structs.replace(answer, flow=stamped)
+
+
 def _changed(flow: StoredFlow, now: int, event: EventType, patch: c.Patch, **fields: Any) -> Answer:
     if patch.current_step is not UNSET:
         fields["current_step"] = patch.current_step
@@ -292,7 +337,15 @@ _DECIDERS: dict[type[Any], Callable[[View, Any], Answer]] = {
     c.EnterController: _enter_controller,
     c.ControllerStopped: _controller_stopped,
     c.Spawn: _spawn,
-    c.AddTasks: tasks.add_tasks,
+    c.AddTasks: answers.add_tasks,
+    c.Await: waits.await_steps,
+    c.StopAwaiting: waits.stop_awaiting,
+    c.ControllerParked: waits.controller_parked,
+    c.Deliver: answers.deliver,
+    c.Tell: answers.tell,
+    c.CastVote: answers.cast_vote,
+    c.Notify: news.notify,
+    c.NoteDelivery: news.note_delivery,
     c.StartReport: tasks.report_start,
     c.ProgressReport: tasks.report_progress,
     c.EndReport: tasks.report_end,

@@ -6,6 +6,7 @@ Another part of `decide`, under the same rules: nothing is changed here, and a r
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET
 
 from flowstead.model import command as c
 from flowstead.model.code import CANCEL_REQUESTED, NO_CHILDREN_ACCEPTED, NOT_FOUND, Code, Refusal
@@ -14,13 +15,29 @@ from flowstead.model.event import EventType
 from flowstead.model.flow import Json, StoredFlow, SyncMode
 from flowstead.model.task import Failed, StoredTask, TaskStatus, is_bare
 from flowstead.rules import endings, lifecycle
+from flowstead.rules.approvals import GrantRefusal, digest_of_raw, use_grant
+from flowstead.rules.endings import NULL
 from flowstead.rules.lifecycle import Operation
-from flowstead.rules.view import NOTHING, Answer, Decision, Fact, View, defect_refusal, told_of
+from flowstead.rules.view import (
+    NOTHING,
+    Answer,
+    Decision,
+    Fact,
+    View,
+    change_flow,
+    defect_refusal,
+    told_of,
+)
+
+_IS_WAIT = Refusal(Code.NOT_LINKED, "Task is a wait; answer it with a signal or a vote.")
+_IS_LETTER = Refusal(
+    Code.NOT_LINKED, "Task is a message; its flow answers it once it has taken it."
+)
 
 
 def add_first(view: View, flow: StoredFlow, draft: c.TaskDraft, told: Fact) -> Decision:
     """The one child of a flow that is made with it."""
-    task, fact = _make_task(flow, draft, view.now)
+    task, fact = make_task(flow, draft, view.now)
     return Decision(
         flow=flow,
         tasks=(task,),
@@ -70,11 +87,19 @@ def add_tasks(view: View, command: c.AddTasks) -> Answer:
                 f"Flow has {len(view.children.active)} active children; the limit is"
                 f" {view.limits.active_children}. Nothing was added.",
             )
-    made = [_make_task(flow, draft, view.now) for draft in new]
+    used = use_approvals(view, flow, new)
+    if isinstance(used, Refusal):
+        return used
+    made = [make_task(flow, draft, view.now) for draft in new]
     restarted, waiting = _revive(view, named) if len(new) < len(named) else ([], [])
     return Decision(
+        flow=used.flow,
         tasks=(*(task for task, _ in made), *(task for task, _ in restarted)),
-        facts=(*(fact for _, fact in made), *(fact for _, fact in restarted)),
+        facts=(
+            *used.facts,
+            *(fact for _, fact in made),
+            *(fact for _, fact in restarted),
+        ),
         effects=tuple(
             StartTask(task) for task, _ in restarted if task.status is TaskStatus.RUNNING
         ),
@@ -98,7 +123,30 @@ def _name(view: View, drafts: tuple[c.TaskDraft, ...]) -> tuple[list[str], list[
     return named, new
 
 
-def _make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTask, Fact]:
+def use_approvals(view: View, flow: StoredFlow, drafts: list[c.TaskDraft]) -> Decision | Refusal:
+    """Take up what approvals allow the new children; without that nothing is added."""
+    grants = dict(flow.grants)
+    for draft in drafts:
+        if draft.approval is None:
+            continue
+        assert draft.run_id is not None and not isinstance(draft.input_json, c.Defect)
+        used = use_grant(
+            grants.get(draft.approval),
+            items_digest=digest_of_raw(NULL if draft.input_json is UNSET else draft.input_json),
+            step=draft.run_id,
+            content_revision=flow.content_revision,
+            now=view.now,
+        )
+        if isinstance(used, GrantRefusal):
+            return Refusal(Code.NOT_APPROVED, used.reason)
+        grants[draft.approval] = used
+    if grants == flow.grants:
+        return NOTHING
+    after, fact = change_flow(flow, view.now, EventType.FLOW_UPDATED, grants=grants)
+    return Decision(flow=after, facts=(fact,))
+
+
+def make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTask, Fact]:
     launch, running = draft.launch, draft.status is TaskStatus.RUNNING
     if launch is not None and draft.child_flow_id is not None:
         root = flow.root_id or flow.flow_id
@@ -128,6 +176,8 @@ def _make_task(flow: StoredFlow, draft: c.TaskDraft, now: int) -> tuple[StoredTa
         started_at=started_at,
         last_event_at=_first_event(draft, started_at),
         launch=launch,
+        wait=draft.wait,
+        letter=draft.letter,
     )
     return task, Fact(EventType.TASK_CREATED, _told(task), task.task_id)
 
@@ -196,6 +246,10 @@ def report_progress(view: View, command: c.ProgressReport) -> Answer:
     task = view.children.active.get(command.task_id)
     if task is None:
         return Decision(answered=(command.task_id,))
+    if task.wait is not None:
+        return _IS_WAIT
+    if task.letter is not None:
+        return _IS_LETTER
     return _one(endings.progress(task, view.now, command.summary))
 
 
@@ -253,6 +307,10 @@ def _linked(view: View, task_id: str) -> StoredTask | Answer:
         return Refusal(
             Code.NOT_LINKED, "Task is run by this runtime; its outcome comes from its own code."
         )
+    if task.wait is not None:
+        return _IS_WAIT
+    if task.letter is not None and task.status is TaskStatus.QUEUED:
+        return _IS_LETTER
     return task
 
 

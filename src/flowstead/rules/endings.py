@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.model.event import EventType
@@ -26,6 +27,7 @@ from flowstead.rules.view import Fact, change_task
 
 Change = tuple[StoredTask, Fact]
 
+NULL: Final = Raw(b"null")
 RETENTION_MS: Final = 7 * 24 * 3600 * 1000
 LOST_RETENTION_MS: Final = 24 * 3600 * 1000
 
@@ -178,6 +180,12 @@ def end(
         ended_at=ended_at,
         cleanup_after=ended_at + keep,
     )
+
+
+def answer(task: StoredTask, now: int, result: Raw | UnsetType, cause: str | None = None) -> Change:
+    """active → succeeded, for a wait or a message: what came in is its result."""
+    ended, fact = end(task, now, Succeeded(), result=NULL if result is UNSET else result)
+    return ended, msgspec.structs.replace(fact, cause=cause)
 
 
 def interrupted(why: str) -> Lost:

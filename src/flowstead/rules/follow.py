@@ -1,16 +1,15 @@
 """What follows from a change, whatever caused it. Pure, and asked after every applied command.
 
-- A flow that has just ended takes its launched children and its controller with it; linked children run
-  elsewhere and report.
+- A flow that has just ended takes its launched children, its waits and its controller with it; linked children
+  run elsewhere and report.
 - A flow with a cancel intent starts nothing, and becomes cancelled when its last child has ended, when a
   `cancel` finds nothing running, or when the grace of the request is over.
 - A flow with a child that a person has to look at is blocked by it.
+- A flow whose controller stands in a wait goes on when what it waits for has ended.
 - Any other flow starts the children that stand in line, as far as their limits allow.
 """
 
 from __future__ import annotations
-
-from msgspec import UNSET
 
 from flowstead.model import command as c
 from flowstead.model.effect import AbandonController, StartTask, StopController, StopReason
@@ -20,7 +19,7 @@ from flowstead.model.task import StoredTask, is_active
 from flowstead.rules import endings
 from flowstead.rules.ladder import abandon_controller_at, cancel_due_at, is_late
 from flowstead.rules.stops import never_started, stop_children
-from flowstead.rules.view import NOTHING, Decision, View, change_flow, start_cancel
+from flowstead.rules.view import NO_WAIT, NOTHING, Decision, View, change_flow, start_cancel
 
 
 def end_code(view: View, command: c.Command) -> Decision:
@@ -28,12 +27,12 @@ def end_code(view: View, command: c.Command) -> Decision:
 
     So is the controller, unless it ended the flow itself and may tidy up.
     """
-    launched = view.children.launched()
+    owned = view.children.owned()
     by_itself = isinstance(command, (c.Finish, c.Fail)) and command.by_controller
     controller = (StopController(),) if view.driven and not by_itself else ()
-    if not launched and not controller:
+    if not owned and not controller:
         return NOTHING
-    changes, stopped = stop_children(view, launched, "the flow ended", StopReason.FLOW_ENDED)
+    changes, stopped = stop_children(view, owned, "the flow ended", StopReason.FLOW_ENDED)
     return Decision(
         tasks=tuple(task for task, _ in changes),
         facts=tuple(fact for _, fact in changes),
@@ -51,7 +50,9 @@ def conclude_cancel(view: View, command: c.Command, *, child_ended: bool) -> Dec
     if view.driven:
         # The controller may still end the flow honestly, but not for ever.
         return _stop_controller(view, flow, overdue=overdue)
-    demanded = flow.cancel_started_at is not None or isinstance(command, c.ControllerStopped)
+    demanded = flow.cancel_started_at is not None or isinstance(
+        command, c.ControllerStopped | c.ControllerParked
+    )
     if not (overdue or child_ended or demanded):
         return NOTHING
     after, fact = change_flow(
@@ -59,10 +60,10 @@ def conclude_cancel(view: View, command: c.Command, *, child_ended: bool) -> Dec
         view.now,
         EventType.FLOW_CANCELLED,
         status=FlowStatus.CANCELLED,
-        wait_json=UNSET,
         blocked_task_id=None,
         blocked_summary=None,
         ended_at=max(view.now, flow.updated_at),
+        **NO_WAIT,
     )
     return Decision(flow=after, facts=(fact,))
 

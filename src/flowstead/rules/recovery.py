@@ -30,6 +30,7 @@ from flowstead.rules import endings
 from flowstead.rules.ladder import task_due_at
 from flowstead.rules.stops import end_cancelled
 from flowstead.rules.view import Decision, View, enter_controller
+from flowstead.rules.waits import may_be_in_memory
 
 _ENTERED = frozenset({FlowStatus.QUEUED, FlowStatus.RUNNING})
 
@@ -231,7 +232,21 @@ def _without_function(launch: Launch) -> tuple[Fate, str]:
     return Fate.LOSE, "the process ended, and the child's function was not registered"
 
 
+def _is_asked_for(flow: StoredFlow, view: View) -> bool:
+    """Whether a controller that stands in a wait must ask again for a child of a function that only it has."""
+    return bool(flow.awaiting) and any(
+        task.launch is not None
+        and is_bare(task.launch)
+        and not view.has_code(task)
+        and not view.has_function(task)
+        for task in view.children.launched()
+    )
+
+
 def _reenter(flow: StoredFlow, view: View) -> tuple[StartController, ...]:
-    if has_ended(flow) or flow.status not in _ENTERED or flow.cancel_started_at is not None:
+    if has_ended(flow) or flow.cancel_started_at is not None:
+        return ()
+    is_left = not may_be_in_memory(flow) and not _is_asked_for(flow, view)
+    if flow.status not in _ENTERED and is_left:
         return ()
     return enter_controller(view, flow)

@@ -16,6 +16,7 @@ from flowstead.model.flow import FlowStatus, StoredFlow, has_ended
 from flowstead.model.task import StoredTask, TaskStatus
 from flowstead.rules import endings, lifecycle
 from flowstead.rules.lifecycle import Operation
+from flowstead.rules.overdue import blocker_of
 from flowstead.rules.view import (
     NOTHING,
     Answer,
@@ -25,6 +26,11 @@ from flowstead.rules.view import (
     defect_refusal,
     enter_controller,
 )
+
+_TOLD = {
+    FlowStatus.WAITING: EventType.FLOW_WAITING,
+    FlowStatus.BLOCKED: EventType.FLOW_BLOCKED,
+}
 
 
 def block_on_review(view: View) -> Decision:
@@ -111,14 +117,17 @@ def unblock(view: View, flow: StoredFlow, task: StoredTask, answer: Decision) ->
     if flow.cancel_requested_at is not None:
         return answer  # nothing is resumed any more; the end clears the blocker
     waits = flow.wait_json is not UNSET
+    late = blocker_of(flow, view.children) if waits else None
     goes_on = FlowStatus.RUNNING if view.driven else FlowStatus.QUEUED
+    stands = FlowStatus.WAITING if late is None else FlowStatus.BLOCKED
+    status = stands if waits else goes_on
     after, fact = change_flow(
         flow,
         view.now,
-        EventType.FLOW_WAITING if waits else EventType.FLOW_RESUMED,
-        status=FlowStatus.WAITING if waits else goes_on,
-        blocked_task_id=None,
-        blocked_summary=None,
+        _TOLD.get(status, EventType.FLOW_RESUMED),
+        status=status,
+        blocked_task_id=None if late is None else late.task_id,
+        blocked_summary=None if late is None else late.summary,
     )
     enter = () if waits else enter_controller(view, flow)
     return msgspec.structs.replace(

@@ -10,7 +10,7 @@ from flowstead.model.code import NOT_FOUND, TASK_NOT_FOUND
 from flowstead.model.effect import AbandonTask, Effect, KillTask, StopReason, StopTask
 from flowstead.model.flow import Failure
 from flowstead.model.task import Cancelled, OnRestart, StoredTask, TaskStatus, TimedOut, is_bare
-from flowstead.rules import endings
+from flowstead.rules import due_waits, endings
 from flowstead.rules.ladder import task_due_at
 from flowstead.rules.review import unblock
 from flowstead.rules.view import Answer, Decision, View
@@ -72,10 +72,13 @@ def tick(view: View, command: c.Tick) -> Answer:
     lined_up: list[str] = []
     changes: list[endings.Change] = []
     effects: list[Effect] = []
+    overdue: list[StoredTask] = []
     for task in view.children.active.values():
         if (at := task_due_at(task, view.limits)) is None or at > view.now:
             continue
-        if task.status is TaskStatus.RUNNING:
+        if task.wait is not None or task.letter is not None:
+            overdue.append(task)
+        elif task.status is TaskStatus.RUNNING:
             if _is_to_be_adopted(view, task):
                 continue
             change, effect = _climb(view, task)
@@ -85,11 +88,14 @@ def tick(view: View, command: c.Tick) -> Answer:
             changes.append(endings.end(task, view.now, never_started(task)))
         elif view.has_function(task):
             lined_up.append(task.task_id)
+    waited = due_waits.see_to(view, flow, overdue)
     return Decision(
-        tasks=tuple(task for task, _ in changes),
-        facts=tuple(fact for _, fact in changes),
-        effects=tuple(effects),
+        flow=waited.flow,
+        tasks=(*waited.tasks, *(task for task, _ in changes)),
+        facts=(*waited.facts, *(fact for _, fact in changes)),
+        effects=(*waited.effects, *effects),
         lined_up=tuple(lined_up),
+        news=waited.news,
     )
 
 
@@ -141,6 +147,8 @@ def _ends_by_record(view: View, task: StoredTask) -> bool:
 
 def has_begun(view: View, task: StoredTask) -> bool:
     """Whether the child's work is under way, here or elsewhere. One started in this very turn is not."""
+    if task.letter is not None:
+        return False
     return task.status is TaskStatus.RUNNING and (
         task.launch is None or not _ends_by_record(view, task)
     )

@@ -7,17 +7,20 @@ draft, the book included, is thrown away.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from flowstead.model.code import Refusal
 from flowstead.model.command import Command
 from flowstead.model.effect import Effect, StartController, StartTask
 from flowstead.model.event import Event, EventType
-from flowstead.model.flow import StoredFlow, SyncMode, has_ended
+from flowstead.model.flow import NotifyPolicy, StoredFlow, SyncMode, has_ended
 from flowstead.model.task import StoredTask, TaskStatus, is_active
-from flowstead.rules import follow, mirror, review
+from flowstead.model.update import StoredUpdate
+from flowstead.rules import follow, mirror, news, review, waits
 from flowstead.rules.decide import decide
-from flowstead.rules.view import Decision, View
+from flowstead.rules.view import Decision, Fact, News, View
 
 
 class Taken(msgspec.Struct, frozen=True, gc=False):
@@ -34,7 +37,17 @@ class Taken(msgspec.Struct, frozen=True, gc=False):
 class Turn:
     """Fold commands; then read `tasks`, `created`, `events` and `effects()`, and the view's flow."""
 
-    __slots__ = ("_effects", "_seq", "created", "events", "tasks", "unregistered", "view")
+    __slots__ = (
+        "_before",
+        "_effects",
+        "_news",
+        "_seq",
+        "created",
+        "events",
+        "tasks",
+        "unregistered",
+        "view",
+    )
 
     def __init__(self, view: View, last_seq: int) -> None:
         self.view = view
@@ -42,6 +55,8 @@ class Turn:
         self.created: set[str | None] = set()
         self.events: list[Event] = []
         self._effects: list[Effect] = []
+        self._news: list[News] = []
+        self._before = view.flow
         self.unregistered: set[str] = set()
         self._seq = last_seq
 
@@ -77,6 +92,14 @@ class Turn:
             and not (isinstance(effect, StartController) and flow is not None and _is_over(flow))
         )
 
+    def updates(self) -> Sequence[StoredUpdate]:
+        """What the owner is to be told of it all."""
+        view, flow = self.view, self.view.flow
+        if not view.tells or flow is None or flow.notify_policy is NotifyPolicy.SILENT:
+            return ()
+        told = [*self._news, *news.of_change(self._before, flow)]
+        return [news.addressed(n, flow, key=view.new_key(), now=view.now) for n in told]
+
     def _still_starts(self, task: StoredTask) -> bool:
         now = self.view.children.active.get(task.task_id)
         return now is not None and now.status is TaskStatus.RUNNING and now.attempt == task.attempt
@@ -94,8 +117,10 @@ class Turn:
         if not has_ended(flow) and flow.cancel_requested_at is not None:
             child_ended = any(not is_active(task) for task in decision.tasks)
             self._apply(follow.conclude_cancel(self.view, command, child_ended=child_ended), actor)
+            self._wake(actor)
             flow = self.view.flow
         elif not has_ended(flow):
+            self._wake(actor)
             if self.view.children.has_line and not self.view.closing:
                 self._start_children(actor)
             if self.view.children.in_review:
@@ -103,6 +128,11 @@ class Turn:
             flow = self.view.flow
         if flow is not None and has_ended(flow) and not (before is not None and has_ended(before)):
             self._apply(follow.end_code(self.view, command), actor)
+
+    def _wake(self, actor: str) -> None:
+        flow = self.view.flow
+        if flow is not None and flow.awaiting and not has_ended(flow):
+            self._apply(waits.wake(self.view), actor)
 
     def _note_start(self, task: StoredTask) -> None:
         self.view.started[task.task_id] = task.attempt
@@ -129,27 +159,43 @@ class Turn:
             if isinstance(effect, StartTask):
                 self._note_start(effect.task)
         self._effects.extend(decision.effects)
+        self._news.extend(decision.news)
         self.unregistered.update(decision.unregistered)
         if not decision.facts:
             return
         flow = view.flow
         assert flow is not None
+        # One fact is the usual case, and about the flow as it is afterwards, whatever it tells of.
+        is_one = len(decision.facts) == 1
+        revision = flow.revision - (0 if is_one else sum(map(_is_of_flow, decision.facts)))
         for fact in decision.facts:
             self._seq += 1
+            revision += not is_one and _is_of_flow(fact)
             if fact.type is EventType.TASK_CREATED:
                 self.created.add(fact.task_id)
             self.events.append(
                 Event(
                     flow_id=flow.flow_id,
                     seq=self._seq,
-                    revision=flow.revision,
+                    revision=revision,
                     at=view.now,
                     type=fact.type,
                     actor=actor,
                     task_id=fact.task_id,
+                    cause=fact.cause,
                     changed=fact.changed,
                 )
             )
+
+
+_OF_FLOW = frozenset(kind for kind in EventType if kind.startswith("flow.")) - {
+    EventType.FLOW_CREATED
+}
+
+
+def _is_of_flow(fact: Fact) -> bool:
+    """Whether the fact tells of a change of the flow itself, which is one revision."""
+    return fact.type in _OF_FLOW
 
 
 def _is_over(flow: StoredFlow) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from typing import Final, Protocol, TypeAlias
+from collections.abc import Callable, Container, Mapping
+from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.model.code import Code, Refusal
 from flowstead.model.command import Defect
@@ -15,6 +15,7 @@ from flowstead.model.event import EventType
 from flowstead.model.flow import Json, StoredFlow
 from flowstead.model.limits import Limits
 from flowstead.model.task import CODE, StoredTask, Task, TaskStatus
+from flowstead.model.update import UpdateKind
 from flowstead.rules.children import Children
 
 
@@ -34,6 +35,26 @@ class Boundless:
         return True
 
 
+class Shapes(Protocol):
+    """What checks an answer against the shape that was asked for."""
+
+    def check(self, schema: Raw, payload: Raw | UnsetType) -> str | None:
+        """What is wrong with the answer, and where; None if it fits."""
+        ...
+
+
+class AnyShape:
+    """Takes every answer."""
+
+    def check(self, schema: Raw, payload: Raw | UnsetType) -> str | None:
+        """Nothing is ever wrong."""
+        return None
+
+
+def _no_key() -> int:
+    raise LookupError("this view can make no rows of its own")
+
+
 class View(msgspec.Struct, gc=False):
     """The ground a decision stands on.
 
@@ -43,7 +64,8 @@ class View(msgspec.Struct, gc=False):
     process, `executors` what runs children that need no function. `closing` says that nothing may be started
     any more. A child that is `running` by its record, but whose attempt is not in `running`, was cut off by a
     crash. `started` names those that this very turn starts, `starting` the external ones among them: nobody can
-    know what of those is left outside, so they end by their code, never by their record alone.
+    know what of those is left outside, so they end by their code, never by their record alone. `tells` says whether
+    there is anybody to tell of changes, and `new_key` answers a key for a row of the store.
     """
 
     flow: StoredFlow | None
@@ -60,6 +82,9 @@ class View(msgspec.Struct, gc=False):
     starting: dict[str, int] = {}
     started: dict[str, int] = {}
     closing: bool = False
+    shapes: Shapes = AnyShape()
+    tells: bool = False
+    new_key: Callable[[], int] = _no_key
 
     def has_function(self, task: StoredTask) -> bool:
         """Whether the launched child's function can be found in this process."""
@@ -84,6 +109,18 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
     type: EventType
     changed: dict[str, Json]
     task_id: str | None = None
+    cause: str | None = None
+
+
+class News(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Something the owner is to be told: an update before it is addressed."""
+
+    kind: UpdateKind
+    slot: str
+    text: str
+    data: Raw | UnsetType = UNSET
+    bucket: str | None = None
+    due_at: int | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -91,7 +128,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     `flow` is None where the flow itself stays as it is. `lined_up` names queued children that may start as
     soon as there is room, `answered` the children the answer is about, and `unregistered` functions and executors
-    that nobody here has.
+    that nobody here has, `news` what the owner is to be told beside the changes of the flow itself.
     """
 
     flow: StoredFlow | None = None
@@ -101,6 +138,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     lined_up: tuple[str, ...] = ()
     answered: tuple[str, ...] = ()
     unregistered: tuple[str, ...] = ()
+    news: tuple[News, ...] = ()
 
 
 NOTHING: Final = Decision()
@@ -109,9 +147,29 @@ Answer: TypeAlias = Decision | Refusal
 
 _FLOW_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredFlow)}
 _TASK_WIRE: Final = {f.name: f.encode_name for f in msgspec.structs.fields(StoredTask)}
-_NEVER_TOLD: Final = frozenset(
-    {"key", "flow_id", "revision", "updated_at", "idempotency_key", "request_digest"}
+_BOOKKEEPING: Final = frozenset(
+    {
+        "wait",
+        "wait_key",
+        "wait_token",
+        "awaiting",
+        "park_at",
+        "content_revision",
+        "grants",
+        "letter",
+    }
 )
+_NEVER_TOLD: Final = _BOOKKEEPING | {
+    "key",
+    "flow_id",
+    "revision",
+    "updated_at",
+    "idempotency_key",
+    "request_digest",
+}
+
+NO_WAIT: Final[dict[str, Any]] = {"wait_json": UNSET, "wait": None, "awaiting": (), "park_at": None}
+"""What a flow that does not wait any more looks like."""
 
 
 def change_flow(
@@ -180,7 +238,7 @@ def _changed(
     return {
         wire[name]: None if value is UNSET else value
         for name, value in fields.items()
-        if _differs(getattr(before, name), value)
+        if name not in _BOOKKEEPING and _differs(getattr(before, name), value)
     }
 
 

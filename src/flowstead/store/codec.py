@@ -12,7 +12,7 @@ checksum fits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -21,7 +21,10 @@ from msgspec import UNSET
 from flowstead.errors import SnapshotUnreadable
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow, StoredFlow
+from flowstead.model.signal import StoredSignal
 from flowstead.model.task import StoredTask, Task
+from flowstead.model.update import StoredUpdate, Update, UpdateStatus
+from flowstead.rules.wait_keys import token_digest_of
 
 T = TypeVar("T")
 
@@ -31,12 +34,22 @@ _stored_flow = msgspec.json.Decoder(StoredFlow)
 _task = msgspec.json.Decoder(Task)
 _stored_task = msgspec.json.Decoder(StoredTask)
 _event = msgspec.json.Decoder(Event)
+_signal = msgspec.json.Decoder(StoredSignal)
+_update = msgspec.json.Decoder(Update)
+_stored_update = msgspec.json.Decoder(StoredUpdate)
 _any = msgspec.json.Decoder()
+_NAMES: Final = {
+    "flow": "flowId",
+    "task": "taskId",
+    "event": "flowId",
+    "signal": "key",
+    "update": "key",
+}
 _pack = msgspec.msgpack.Encoder().encode
 
 
 class FlowRow(NamedTuple):
-    """One flow, in column order. `expected_revision` is None for a new flow."""
+    """One flow, in column order. `expected_revision` is None for a new flow, `wait_token` is a digest."""
 
     key: int
     owner_key: str
@@ -50,10 +63,12 @@ class FlowRow(NamedTuple):
     revision: int
     doc: str
     expected_revision: int | None
+    wait_key: str | None = None
+    wait_token: str | None = None
 
 
 class TaskRow(NamedTuple):
-    """One child, in column order. `fresh` tells an insert from an update."""
+    """One child, in column order. `fresh` tells an insert from an update, `wait_token` is a digest."""
 
     key: int
     task_id: str
@@ -65,6 +80,8 @@ class TaskRow(NamedTuple):
     due_at: int | None
     doc: str
     fresh: bool
+    wait_key: str | None = None
+    wait_token: str | None = None
 
 
 class EventRow(NamedTuple):
@@ -75,12 +92,45 @@ class EventRow(NamedTuple):
     doc: str
 
 
+class SignalRow(NamedTuple):
+    """One signal, in column order. `kept` says that it waits for somebody to take it."""
+
+    key: int
+    owner_key: str
+    wait_key: str
+    signal_id: str | None
+    kept: bool
+    expires_at: int | None
+    doc: str
+    fresh: bool
+
+
+class UpdateRow(NamedTuple):
+    """One update, in column order. The store may give it another key and version than its record has."""
+
+    key: int
+    owner_key: str
+    flow_key: int
+    slot: str
+    status: str
+    due_at: int | None
+    version: int
+    bucket: str | None
+    doc: str
+    fresh: bool
+
+
 class FlowWrite(msgspec.Struct, frozen=True, gc=False):
-    """Everything one flow's turn writes. A batch is a list of these, committed whole or not at all."""
+    """Everything one flow's turn writes. A batch is a list of these, committed whole or not at all.
+
+    Signals and updates have no place in the history; a write may consist of them alone.
+    """
 
     flow: FlowRow | None
     tasks: Sequence[TaskRow]
     events: Sequence[EventRow]
+    signals: Sequence[SignalRow] = ()
+    updates: Sequence[UpdateRow] = ()
 
 
 def flow_row(
@@ -100,6 +150,8 @@ def flow_row(
         flow.revision,
         doc.decode(),
         expected_revision,
+        flow.wait_key,
+        flow.wait_token,
     )
 
 
@@ -116,12 +168,57 @@ def task_row(task: StoredTask, *, due_at: int | None, fresh: bool) -> TaskRow:
         due_at,
         encode(task).decode(),
         fresh,
+        None if task.wait is None else task.wait.wait_key,
+        token_digest_of(task.wait),
     )
 
 
 def event_row(flow_key: int, event: Event) -> EventRow:
     """The row of an event that has no position yet."""
     return EventRow(flow_key, event.seq, encode(event).decode())
+
+
+def signal_row(signal: StoredSignal, *, fresh: bool) -> SignalRow:
+    """The row of a signal; it is kept if nobody took it and it has an end."""
+    return SignalRow(
+        signal.key,
+        signal.owner_key,
+        signal.wait_key,
+        signal.signal_id,
+        signal.taken_by is None and signal.expires_at is not None,
+        signal.expires_at,
+        encode(signal).decode(),
+        fresh,
+    )
+
+
+def update_row(update: StoredUpdate, *, fresh: bool) -> UpdateRow:
+    """The row of an update."""
+    return UpdateRow(
+        update.key,
+        update.owner_key,
+        update.flow_key,
+        update.slot,
+        update.status,
+        update.due_at,
+        update.version,
+        update.bucket,
+        encode(update).decode(),
+        fresh,
+    )
+
+
+def replacing(row: UpdateRow, key: int, version: int) -> UpdateRow:
+    """The row in the place of an older one, whose key it takes; whoever read that one finds it moved on."""
+    return row._replace(key=key, version=max(row.version, version + 1))
+
+
+def superseded(update: StoredUpdate) -> UpdateRow:
+    """The row of an update that is not to go out any more; an attempt under way changes nothing about it."""
+    final = msgspec.structs.replace(
+        update, status=UpdateStatus.SUPERSEDED, due_at=None, version=update.version + 1
+    )
+    return update_row(final, fresh=False)
 
 
 # ---- checksums ------------------------------------------------------------------------------------
@@ -137,17 +234,35 @@ def crc_of(columns: Sequence[object], doc: bytes) -> int:
 
 def flow_crc(row: FlowRow) -> int:
     """The checksum of a flow's row, `expected_revision` left out."""
-    return crc_of(row[:10], row.doc.encode())
+    columns: tuple[object, ...] = row[:10]
+    return crc_of(columns + row[12:] if has_wait(row) else columns, row.doc.encode())
 
 
 def task_crc(row: TaskRow) -> int:
     """The checksum of a child's row, `fresh` left out."""
-    return crc_of((*row[:6], int(row.launched), row.due_at), row.doc.encode())
+    columns: tuple[object, ...] = (*row[:6], int(row.launched), row.due_at)
+    return crc_of(columns + row[10:] if has_wait(row) else columns, row.doc.encode())
+
+
+def has_wait(row: FlowRow | TaskRow) -> bool:
+    """Whether the last columns of a row say anything. Where they do not, the checksum is of the others alone: rows
+    from before there were waits keep theirs."""
+    return row.wait_key is not None or row.wait_token is not None
 
 
 def event_crc(row: EventRow) -> int:
     """The checksum of a line of history; its position is mixed in where it is given, see `at_position`."""
     return crc_of(row[:2], row.doc.encode())
+
+
+def signal_crc(row: SignalRow) -> int:
+    """The checksum of a signal's row, `fresh` left out."""
+    return crc_of((*row[:4], int(row.kept), row.expires_at), row.doc.encode())
+
+
+def update_crc(row: UpdateRow) -> int:
+    """The checksum of an update's row, `fresh` left out."""
+    return crc_of(row[:8], row.doc.encode())
 
 
 def at_position(crc: int, position: int) -> int:
@@ -157,13 +272,17 @@ def at_position(crc: int, position: int) -> int:
 
 def flow_doc(row: Sequence[Any]) -> bytes:
     """The document of a stored flow, given all its columns in order, once its checksum fits."""
-    *columns, doc, crc = row
+    *columns, wait_key, wait_token, doc, crc = row
+    if wait_key is not None or wait_token is not None:
+        columns += wait_key, wait_token
     return _vouched("flow", columns[2], columns, doc, crc)
 
 
 def task_doc(row: Sequence[Any]) -> bytes:
     """The document of a stored child, given all its columns in order, once its checksum fits."""
-    *columns, doc, crc = row
+    *columns, wait_key, wait_token, doc, crc = row
+    if wait_key is not None or wait_token is not None:
+        columns += wait_key, wait_token
     return _vouched("task", columns[1], columns, doc, crc)
 
 
@@ -172,6 +291,18 @@ def event_doc(row: Sequence[Any]) -> bytes:
     position, flow_key, seq, doc, crc = row
     crc = at_position(crc, position) if isinstance(crc, int) else crc
     return _vouched("event", position, (flow_key, seq), doc, crc)
+
+
+def signal_doc(row: Sequence[Any]) -> bytes:
+    """The document of a stored signal, given all its columns in order, once its checksum fits."""
+    *columns, doc, crc = row
+    return _vouched("signal", columns[0], columns, doc, crc)
+
+
+def update_doc(row: Sequence[Any]) -> bytes:
+    """The document of a stored update, given all its columns in order, once its checksum fits."""
+    *columns, doc, crc = row
+    return _vouched("update", columns[0], columns, doc, crc)
 
 
 def stored_crc(columns: Sequence[object], doc: bytes) -> int | None:
@@ -225,6 +356,26 @@ def read_event(doc: bytes, position: int) -> Event:
     return msgspec.structs.replace(_read(_event, doc, "event"), position=position)
 
 
+def read_signal(doc: bytes) -> StoredSignal:
+    """A signal to keep."""
+    return _read(_signal, doc, "signal")
+
+
+def read_update(doc: bytes) -> Update:
+    """An update to hand out."""
+    return _read(_update, doc, "update")
+
+
+def read_stored_update(doc: bytes) -> StoredUpdate:
+    """An update to keep, as its writer knew it; see `at_row`."""
+    return _read(_stored_update, doc, "update")
+
+
+def at_row(update: StoredUpdate, key: int, version: int) -> StoredUpdate:
+    """An update as the store keeps it: in the place of another one it has that one's key, and a later version."""
+    return msgspec.structs.replace(update, key=key, version=version)
+
+
 def expose_flow(flow: StoredFlow) -> Flow:
     """A kept flow as its owner may see it."""
     return _flow.decode(encode(flow))
@@ -251,6 +402,6 @@ def _name_of(doc: object, kind: str) -> str:
     """What can still be said of an unreadable row without showing what is in it."""
     try:
         found = _any.decode(doc)  # type: ignore[arg-type]
-        return f"{kind} {found['taskId' if kind == 'task' else 'flowId']}"
+        return f"{kind} {found[_NAMES[kind]]}"
     except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, KeyError, RecursionError):
         return f"a {kind}"

@@ -6,8 +6,8 @@ the runtime that opened it, so a restart can be played with one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final
 
 from flowstead.errors import CommitFailed, SnapshotUnreadable, StoreInUse, WriteConflict
 from flowstead.model.event import Event
@@ -15,60 +15,17 @@ from flowstead.model.flow import Flow, FlowKey
 from flowstead.model.task import Task, TaskSummary
 from flowstead.store import codec
 from flowstead.store.codec import EventRow, FlowRow, FlowWrite, TaskRow
+from flowstead.store.memory_tables import MemoryTables, Transaction
+from flowstead.store.memory_waits import MemoryWaits
 from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
 from flowstead.store.summary import count_tasks
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
+__all__ = ["MemoryStore", "MemoryTables"]
 
 _ACTIVE: Final = frozenset({"queued", "running"})
-_ABSENT: Final = object()
 
 
-class MemoryTables:
-    """The rows. Share them between stores to play several owners of one database."""
-
-    def __init__(self) -> None:
-        self.flows: dict[int, FlowRow] = {}
-        self.tasks: dict[int, TaskRow] = {}
-        self.events: dict[int, EventRow] = {}
-        self.flow_keys: dict[FlowKey, int] = {}
-        self.idempotency_keys: dict[tuple[str, str], int] = {}
-        self.task_keys: dict[str, int] = {}
-        self.run_keys: dict[tuple[int, str], int] = {}
-        self.children: dict[int, dict[int, None]] = {}
-        self.lines: dict[int, dict[int, int]] = {}
-        self.epoch = 0
-        self.owner: object | None = None
-        self.last_position = 0
-        self.key = 0
-
-
-class _Transaction:
-    """Changes to tables that can be taken back."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._before: list[tuple[dict[Any, Any], Any, Any]] = []
-
-    def put(self, table: dict[K, V], key: K, value: V) -> None:
-        self._before.append((table, key, table.get(key, _ABSENT)))
-        table[key] = value
-
-    def insert(self, table: dict[K, V], key: K, value: V) -> None:
-        if key in table:
-            raise WriteConflict(f"{self._name} refused a row: {key!r} exists.")
-        self.put(table, key, value)
-
-    def roll_back(self) -> None:
-        for table, key, value in reversed(self._before):
-            if value is _ABSENT:
-                del table[key]
-            else:
-                table[key] = value
-
-
-class MemoryStore:
+class MemoryStore(MemoryWaits):
     """A store that lives as long as its tables."""
 
     def __init__(self, tables: MemoryTables | None = None) -> None:
@@ -108,7 +65,7 @@ class MemoryStore:
             raise CommitFailed(f"{self.name} is closed. Nothing was written.")
         if tables.epoch != self._epoch:
             raise StoreInUse(self.name, "another runtime, which took it over")
-        transaction, before = _Transaction(self.name), tables.last_position
+        transaction, before = Transaction(self.name), tables.last_position
         try:
             for write in writes:
                 self._write_flow(transaction, write.flow)
@@ -116,13 +73,17 @@ class MemoryStore:
                     self._write_task(transaction, task)
                 for event in write.events:
                     self._write_event(transaction, event)
+                for signal in write.signals:
+                    self._write_signal(transaction, signal)
+                for update in write.updates:
+                    self._write_update(transaction, update)
         except WriteConflict:
             transaction.roll_back()
             tables.last_position = before
             raise
         return before + 1
 
-    def _write_flow(self, transaction: _Transaction, row: FlowRow | None) -> None:
+    def _write_flow(self, transaction: Transaction, row: FlowRow | None) -> None:
         tables = self.tables
         if row is None:
             return
@@ -131,27 +92,31 @@ class MemoryStore:
             if stored is None or stored.revision != row.expected_revision:
                 raise WriteConflict("A stored flow is not at the revision it was read at.")
             transaction.put(tables.flows, row.key, row)
+            self._note_flow_wait(transaction, row)
             return
         transaction.insert(tables.flows, row.key, row)
+        self._note_flow_wait(transaction, row)
         transaction.insert(tables.flow_keys, FlowKey(row.owner_key, row.flow_id), row.key)
         if row.idempotency_key is not None:
             named = (row.owner_key, row.idempotency_key)
             transaction.insert(tables.idempotency_keys, named, row.key)
 
-    def _write_task(self, transaction: _Transaction, row: TaskRow) -> None:
+    def _write_task(self, transaction: Transaction, row: TaskRow) -> None:
         tables = self.tables
         if not row.fresh:
             if row.key not in tables.tasks:
                 raise WriteConflict("A stored task is gone.")
             transaction.put(tables.tasks, row.key, row)
+            self._note_task_wait(transaction, row)
             return
         transaction.insert(tables.tasks, row.key, row)
+        self._note_task_wait(transaction, row)
         transaction.insert(tables.task_keys, row.task_id, row.key)
         transaction.insert(tables.children.setdefault(row.flow_key, {}), row.key, None)
         if row.run_id is not None:
             transaction.insert(tables.run_keys, (row.flow_key, row.run_id), row.key)
 
-    def _write_event(self, transaction: _Transaction, row: EventRow) -> None:
+    def _write_event(self, transaction: Transaction, row: EventRow) -> None:
         tables = self.tables
         position = tables.last_position + 1
         transaction.insert(tables.lines.setdefault(row.flow_key, {}), row.seq, position)
@@ -349,6 +314,8 @@ class MemoryStore:
             ("flows", self.tables.flows, codec.read_stored_flow),
             ("tasks", self.tables.tasks, codec.read_stored_task),
             ("events", self.tables.events, lambda doc: codec.read_event(doc, 0)),
+            ("signals", self.tables.signals, codec.read_signal),
+            ("updates", self.tables.updates, codec.read_stored_update),
         ):
             for key, row in rows.items():
                 try:

@@ -17,7 +17,9 @@ import msgspec
 
 from flowstead.model.event import Event
 from flowstead.model.flow import Flow, FlowKey, StoredFlow
+from flowstead.model.signal import StoredSignal
 from flowstead.model.task import StoredTask, Task, TaskSummary
+from flowstead.model.update import StoredUpdate, Update
 from flowstead.store.codec import FlowWrite
 
 
@@ -69,6 +71,35 @@ class Due(msgspec.Struct, frozen=True):
     key: FlowKey
 
 
+class WaitLookup(msgspec.Struct, frozen=True, gc=False):
+    """What is asked about a signal at an instant, epoch ms: its owner, the key it names, the sender's id for it.
+
+    With `only_kept`, who waits matters only if a signal is kept, and is not looked for otherwise.
+    """
+
+    owner_key: str
+    wait_key: str
+    signal_id: str | None
+    now: int
+    only_kept: bool = False
+
+
+class WaitsFound(msgspec.Struct, frozen=True, kw_only=True):
+    """What is on record for a signal. Only rows of its owner count.
+
+    `is_known` says that a signal with this id is on record. `waiting` names the flows with an open wait on the key,
+    each once, oldest first: those that wait or are blocked by it themselves, and those with a queued child that
+    does. `kept` is the oldest signal on the key that nobody took and that has not expired. `was_awaited` says that
+    the key was ever waited for, `is_live` that a flow which did so has not ended.
+    """
+
+    is_known: bool
+    waiting: list[FlowKey]
+    kept: StoredSignal | None
+    was_awaited: bool
+    is_live: bool
+
+
 class Store(Protocol):
     """Where flows live. Every coroutine may be cancelled while waiting; an accepted commit goes on."""
 
@@ -98,6 +129,11 @@ class Store(Protocol):
         """Write all or nothing, durably, and answer the position of the batch's first event.
 
         A write that raises a flow's revision brings the event that tells of it; nothing is ever taken out.
+
+        A signal that is not fresh is one that was kept, and still is. A fresh update takes a slot that is free;
+        that of `progress` it takes from whatever update is in it, which it replaces under its key, with a higher
+        version. One for `done` also supersedes the pending progress of its flow. An update that is not fresh is
+        written over the row of its key and version; if that has moved on meanwhile, nothing happens.
 
         Raises:
             WriteConflict: One of the writes does not fit the stored rows. Nothing was written.
@@ -184,6 +220,67 @@ class Store(Protocol):
 
     async def count_by_controller(self) -> dict[str, int]:
         """How many queued and running flows each controller has."""
+        ...
+
+    async def look_up_waits(self, asked: Sequence[WaitLookup]) -> list[WaitsFound]:
+        """What is on record for each signal; an unreadable kept signal is passed by."""
+        ...
+
+    async def has_kept_signals(self) -> bool:
+        """Whether any signal is kept at all, expired or not."""
+        ...
+
+    async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:
+        """The flow with the wait that a token answers, open or not, and the child that stands for the wait, if any.
+
+        The token is named by its digest (`rules.wait_keys.token_digest`).
+        """
+        ...
+
+    async def list_met(
+        self, *, after_key: int, limit: int, now: int
+    ) -> list[tuple[int, FlowKey, str]]:
+        """Open waits for whose key an unexpired signal is kept: what a crash left unmatched.
+
+        Each is the number of its flow, the flow, and the key waited for. They come by flow, oldest first; the
+        limit counts flows, so that none is answered in part.
+        """
+        ...
+
+    async def list_open_waits(
+        self, scope: Scope, *, flow_id: str | None, after_key: int, limit: int
+    ) -> list[StoredFlow | StoredTask]:
+        """What is waited for: flows that wait or are blocked by a wait of their own, and queued children that wait.
+
+        Oldest first by their own keys. Unreadable ones are left out.
+        """
+        ...
+
+    async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        """Pending updates that go out alone and are due, longest due first; unreadable ones are left out."""
+        ...
+
+    async def list_digests_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        """Pending updates that go out in a digest and are due, by owner and bucket, oldest first in each.
+
+        The limit counts updates, so that the last bucket of a full page may go on. Unreadable ones are left out.
+        """
+        ...
+
+    async def next_update_due(self, *, after: int = -1) -> int | None:
+        """When the first pending update that is due later than `after` is, epoch ms; an unreadable one never is."""
+        ...
+
+    async def list_updates(
+        self,
+        scope: Scope,
+        *,
+        flow_id: str | None,
+        statuses: Collection[str],
+        after_key: int,
+        limit: int,
+    ) -> list[Update]:
+        """Updates, oldest first. No statuses: any. Unreadable ones are left out."""
         ...
 
     async def list_unreadable(self) -> list[Unreadable]:

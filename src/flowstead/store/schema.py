@@ -17,8 +17,10 @@ from typing import Any, Final
 
 import msgspec
 
-from flowstead.errors import StoreUnusable
+from flowstead.errors import SnapshotUnreadable, StoreUnusable
+from flowstead.rules.wait_keys import wait_key_in
 from flowstead.store import codec
+from flowstead.store.codec import FlowRow
 
 APPLICATION_ID: Final = 0x464C5354  # "FLST"
 
@@ -185,7 +187,115 @@ def _first_crc(row: tuple[Any, ...], fields: list[str]) -> int | None:
     return codec.at_position(codec.stored_crc(columns, doc) or 0, position)
 
 
-MIGRATIONS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_create, _add_checks)
+_V3: Final = (
+    "ALTER TABLE flows ADD COLUMN wait_key TEXT",
+    "ALTER TABLE flows ADD COLUMN wait_token TEXT",
+    "ALTER TABLE tasks ADD COLUMN wait_key TEXT",
+    "ALTER TABLE tasks ADD COLUMN wait_token TEXT",
+    "CREATE INDEX flows_by_wait ON flows (wait_key, status) WHERE wait_key IS NOT NULL",
+    "CREATE INDEX flows_by_token ON flows (wait_token) WHERE wait_token IS NOT NULL",
+    """CREATE INDEX flows_waiting ON flows (owner_key, key)
+    WHERE status IN ('waiting', 'blocked') AND (wait_key IS NOT NULL OR wait_token IS NOT NULL)""",
+    "CREATE INDEX tasks_by_wait ON tasks (wait_key, status) WHERE wait_key IS NOT NULL",
+    "CREATE INDEX tasks_by_token ON tasks (wait_token) WHERE wait_token IS NOT NULL",
+    "CREATE INDEX tasks_waiting ON tasks (key) WHERE status = 'queued' AND wait_token IS NOT NULL",
+    """CREATE TABLE signals (
+    key INTEGER PRIMARY KEY,
+    owner_key TEXT NOT NULL,
+    wait_key TEXT NOT NULL,
+    signal_id TEXT,
+    kept INTEGER NOT NULL,
+    expires_at INTEGER,
+    doc TEXT NOT NULL,
+    crc INTEGER
+)""",
+    # Of signals without an id there may be any number: to SQLite no two of them are the same.
+    "CREATE UNIQUE INDEX signals_by_id ON signals (owner_key, signal_id)",
+    "CREATE INDEX signals_kept ON signals (wait_key, key) WHERE kept = 1",
+    "CREATE INDEX signals_expiring ON signals (expires_at) WHERE kept = 1",
+    """CREATE TABLE updates (
+    key INTEGER PRIMARY KEY,
+    owner_key TEXT NOT NULL,
+    flow_key INTEGER NOT NULL,
+    slot TEXT NOT NULL,
+    status TEXT NOT NULL,
+    due_at INTEGER,
+    version INTEGER NOT NULL,
+    bucket TEXT,
+    doc TEXT NOT NULL,
+    crc INTEGER
+)""",
+    "CREATE UNIQUE INDEX updates_by_slot ON updates (flow_key, slot)",
+    "CREATE INDEX updates_by_owner ON updates (owner_key, key)",
+    "CREATE INDEX updates_due ON updates (due_at) WHERE status = 'pending' AND bucket IS NULL",
+    "CREATE INDEX digests_due ON updates (due_at) WHERE status = 'pending' AND bucket IS NOT NULL",
+    "ALTER TABLE ownership ADD COLUMN signals INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE ownership ADD COLUMN updates INTEGER NOT NULL DEFAULT 0",
+    "DROP VIEW v_tasks",
+    """CREATE VIEW v_tasks AS SELECT
+    f.flow_id, f.owner_key, t.task_id, t.run_id, t.runtime, t.status,
+    json_extract(t.record, '$.task') AS task,
+    json_extract(t.record, '$.attempt') AS attempt,
+    json_extract(t.record, '$.resultJson') AS result_json,
+    json_extract(t.record, '$.failure.message') AS failure,
+    json_extract(t.record, '$.wait.key') AS waits_for,
+    json_extract(t.record, '$.wait.prompt') AS prompt,
+    datetime(json_extract(t.record, '$.wait.deadlineAt') / 1000.0, 'unixepoch') AS deadline
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM tasks) AS t
+JOIN flows AS f ON f.key = t.flow_key""",
+    """CREATE VIEW v_updates AS SELECT
+    f.flow_id, f.owner_key, u.slot, u.status,
+    json_extract(u.record, '$.kind') AS kind,
+    json_extract(u.record, '$.text') AS text,
+    json_extract(u.record, '$.attempt') AS attempt,
+    json_extract(u.record, '$.failure') AS failure,
+    u.bucket,
+    json_extract(u.record, '$.idempotencyKey') AS idempotency_key,
+    datetime(json_extract(u.record, '$.createdAt') / 1000.0, 'unixepoch') AS created,
+    datetime(u.due_at / 1000.0, 'unixepoch') AS due,
+    datetime(json_extract(u.record, '$.deliveredAt') / 1000.0, 'unixepoch') AS delivered
+FROM (SELECT *, CASE WHEN json_valid(doc) THEN doc ELSE '{}' END AS record FROM updates) AS u
+JOIN flows AS f ON f.key = u.flow_key""",
+)
+
+
+def _add_waits(connection: sqlite3.Connection) -> None:
+    for statement in _V3:
+        connection.execute(statement)
+    last = -(2**63)
+    while page := connection.execute(
+        "SELECT key, owner_key, flow_id, controller_id, correlation_id, idempotency_key, status,"
+        " ended_at, due_at, revision, wait_key, wait_token, doc, crc FROM flows WHERE key > ?"
+        " AND status IN ('waiting', 'blocked') ORDER BY key LIMIT 500",
+        (last,),
+    ).fetchall():
+        last = page[-1][0]
+        found = [row for stored in page if (row := _with_wait_key(stored)) is not None]
+        connection.executemany(
+            "UPDATE flows SET wait_key = ?, doc = ?, crc = ? WHERE key = ?",
+            [(row.wait_key, row.doc, codec.flow_crc(row), row.key) for row in found],
+        )
+
+
+def _with_wait_key(stored: tuple[Any, ...]) -> FlowRow | None:
+    """A flow that waits for something, as a signal can find it; a row that cannot be read is left as it is."""
+    try:
+        flow = codec.read_stored_flow(codec.flow_doc(stored))
+    except SnapshotUnreadable:
+        return None
+    wait_key = wait_key_in(flow.owner_key, flow.wait_json)
+    if wait_key is None:
+        return None
+    flow = msgspec.structs.replace(flow, wait_key=wait_key)
+    doc = codec.encode(flow)
+    return codec.flow_row(flow, doc, due_at=stored[8], expected_revision=None)
+
+
+MIGRATIONS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
+    _create,
+    _add_checks,
+    _add_waits,
+)
 """One step from each version to the next; the n-th leads to version n + 1."""
 
 VERSION: Final = len(MIGRATIONS)
@@ -250,31 +360,59 @@ _NAMES: Final = frozenset(
         "flows",
         "tasks",
         "events",
+        "signals",
+        "updates",
         "flows_by_id",
         "flows_by_idempotency_key",
         "flows_by_owner",
         "flows_by_correlation",
         "flows_live",
         "flows_due",
+        "flows_by_wait",
+        "flows_by_token",
+        "flows_waiting",
         "tasks_by_flow",
         "tasks_by_run",
         "tasks_launched",
         "tasks_due",
+        "tasks_by_wait",
+        "tasks_by_token",
+        "tasks_waiting",
         "events_by_flow",
+        "signals_by_id",
+        "signals_kept",
+        "signals_expiring",
+        "updates_by_slot",
+        "updates_by_owner",
+        "updates_due",
+        "digests_due",
         "v_flows",
         "v_tasks",
         "v_history",
+        "v_updates",
     ]
 )
-_COUNTERS: Final = ("epoch", "commits", "last_position", "flows", "tasks", "events")
+_COUNTERS: Final = (
+    "epoch",
+    "commits",
+    "last_position",
+    "flows",
+    "tasks",
+    "events",
+    "signals",
+    "updates",
+)
 # None of these reads a record. SQLite counts a table by its smallest index, page by page.
 _COUNTS: Final = (
     ("flows", "SELECT count(*) FROM flows"),
     ("tasks", "SELECT count(*) FROM tasks"),
     ("events", "SELECT count(*) FROM events"),
+    ("signals", "SELECT count(*) FROM signals"),
+    ("updates", "SELECT count(*) FROM updates"),
     # The other indexes that know every row: one that lost an entry would hide a row there is.
     ("flows", "SELECT count(flow_id) FROM flows INDEXED BY flows_by_id"),
     ("tasks", "SELECT count(status) FROM tasks INDEXED BY tasks_by_flow"),
+    ("updates", "SELECT count(owner_key) FROM updates INDEXED BY updates_by_owner"),
 )
 
 
@@ -310,7 +448,8 @@ def find_missing(connection: sqlite3.Connection) -> list[str]:
     if gone := sorted(_NAMES - found):
         return [f"{gone[0]} is missing"]
     rows = connection.execute(
-        "SELECT epoch, commits, last_position, flows, tasks, events FROM ownership"
+        "SELECT epoch, commits, last_position, flows, tasks, events, signals, updates"
+        " FROM ownership"
     ).fetchall()
     if len(rows) != 1:
         return ["its ownership row is missing"]

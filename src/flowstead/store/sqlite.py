@@ -38,12 +38,21 @@ from flowstead.errors import (
 )
 from flowstead.log import get_logger
 from flowstead.model.event import Event
-from flowstead.model.flow import Flow, FlowKey
-from flowstead.model.task import Task, TaskSummary
-from flowstead.store import schema, sqlite_reads
+from flowstead.model.flow import Flow, FlowKey, StoredFlow
+from flowstead.model.task import StoredTask, Task, TaskSummary
+from flowstead.model.update import StoredUpdate, Update
+from flowstead.store import schema, sqlite_outbox, sqlite_reads, sqlite_unreadable, sqlite_waits
 from flowstead.store.codec import FlowWrite
 from flowstead.store.lock import Holder, OwnerLock, this_process
-from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
+from flowstead.store.port import (
+    Due,
+    FlowQuery,
+    Scope,
+    Snapshot,
+    Unreadable,
+    WaitLookup,
+    WaitsFound,
+)
 from flowstead.store.sqlite_writes import (
     CommitUnclear,
     ConnectionSpoiled,
@@ -197,11 +206,13 @@ class SqliteStore:
     def _inspect(self, onlooker: sqlite3.Connection, size: int) -> None:
         onlooker.execute("PRAGMA trusted_schema = OFF")
         onlooker.execute("PRAGMA cell_size_check = ON")
-        if self._wal.exists():
-            size += self._wal.stat().st_size
+        log_size = self._wal.stat().st_size if self._wal.exists() else 0
         onlooker.execute("BEGIN")
         if schema.check(onlooker, self.name):
-            schema.inspect(onlooker, self.name, whole=size <= _CHECKED_WHOLE)
+            # What a crash cuts off is in the log; SQLite would take the rest of the last page for zeros.
+            if not log_size and size % int(onlooker.execute("PRAGMA page_size").fetchone()[0]):
+                raise StoreUnusable(self.name, "it is damaged (cut short). It was left as it is.")
+            schema.inspect(onlooker, self.name, whole=size + log_size <= _CHECKED_WHOLE)
         onlooker.execute("ROLLBACK")
 
     def _compare_with_log(self) -> None:
@@ -268,7 +279,9 @@ class SqliteStore:
             [(self._epoch,)] = connection.execute("SELECT epoch FROM ownership").fetchall()
             (self._key,) = connection.execute(
                 "SELECT max((SELECT ifnull(max(key), 0) FROM flows),"
-                " (SELECT ifnull(max(key), 0) FROM tasks))"
+                " (SELECT ifnull(max(key), 0) FROM tasks),"
+                " (SELECT ifnull(max(key), 0) FROM signals),"
+                " (SELECT ifnull(max(key), 0) FROM updates))"
             ).fetchone()
             connection.execute("COMMIT")
         except BaseException:
@@ -456,8 +469,49 @@ class SqliteStore:
     async def count_by_controller(self) -> dict[str, int]:
         return await self._read(sqlite_reads.count_by_controller)
 
+    async def look_up_waits(self, asked: Sequence[WaitLookup]) -> list[WaitsFound]:
+        return await self._read(sqlite_waits.look_up_waits, asked)
+
+    async def has_kept_signals(self) -> bool:
+        return await self._read(sqlite_waits.has_kept_signals)
+
+    async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:
+        return await self._read(sqlite_waits.find_token, token)
+
+    async def list_met(
+        self, *, after_key: int, limit: int, now: int
+    ) -> list[tuple[int, FlowKey, str]]:
+        return await self._read(sqlite_waits.list_met, after_key, limit, now)
+
+    async def list_open_waits(
+        self, scope: Scope, *, flow_id: str | None, after_key: int, limit: int
+    ) -> list[StoredFlow | StoredTask]:
+        return await self._read(sqlite_waits.list_open_waits, scope, flow_id, after_key, limit)
+
+    async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        return await self._read(sqlite_outbox.list_updates_due, until, limit)
+
+    async def list_digests_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        return await self._read(sqlite_outbox.list_digests_due, until, limit)
+
+    async def next_update_due(self, *, after: int = -1) -> int | None:
+        return await self._read(sqlite_outbox.next_update_due, after)
+
+    async def list_updates(
+        self,
+        scope: Scope,
+        *,
+        flow_id: str | None,
+        statuses: Collection[str],
+        after_key: int,
+        limit: int,
+    ) -> list[Update]:
+        return await self._read(
+            sqlite_outbox.list_updates, scope, flow_id, statuses, after_key, limit
+        )
+
     async def list_unreadable(self) -> list[Unreadable]:
-        return await self._read(sqlite_reads.list_unreadable)
+        return await self._read(sqlite_unreadable.list_unreadable)
 
 
 def _read_holder(connection: sqlite3.Connection) -> bytes:

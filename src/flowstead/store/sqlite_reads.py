@@ -24,20 +24,23 @@ from flowstead.model.task import (
     TaskStatus,
     TaskSummary,
 )
-from flowstead.store import codec, schema
-from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Unreadable
+from flowstead.store import codec
+from flowstead.store.port import Due, FlowQuery, Scope, Snapshot
 from flowstead.store.sqlite_writes import roll_back
 from flowstead.store.summary import count_tasks
 
 T = TypeVar("T")
 
 _PAGE: Final = 500
-_FLOW: Final = (
+FLOW: Final = (
     "f.key, f.owner_key, f.flow_id, f.controller_id, f.correlation_id, f.idempotency_key, f.status,"
-    " f.ended_at, f.due_at, f.revision, f.doc, f.crc"
+    " f.ended_at, f.due_at, f.revision, f.wait_key, f.wait_token, f.doc, f.crc"
 )
-_TASK: Final = "t.key, t.task_id, t.flow_key, t.run_id, t.status, t.runtime, t.launched, t.due_at, t.doc, t.crc"
-_EVENT: Final = "e.position, e.flow_key, e.seq, e.doc, e.crc"
+TASK: Final = (
+    "t.key, t.task_id, t.flow_key, t.run_id, t.status, t.runtime, t.launched, t.due_at, t.wait_key,"
+    " t.wait_token, t.doc, t.crc"
+)
+EVENT: Final = "e.position, e.flow_key, e.seq, e.doc, e.crc"
 _ACTIVE: Final = frozenset(status.value.encode() for status in ACTIVE_TASK_STATUSES)
 _STATUSES: Final = frozenset(status.value.encode() for status in TaskStatus)
 _LAST_SEQ: Final = "SELECT max(seq) FROM events WHERE flow_key = ? AND typeof(seq) = 'integer'"
@@ -68,7 +71,7 @@ def load(
 
 def _load_one(connection: sqlite3.Connection, key: FlowKey) -> Snapshot | None:
     row = connection.execute(
-        "SELECT " + _FLOW + " FROM flows AS f WHERE f.owner_key = ? AND f.flow_id = ?",
+        "SELECT " + FLOW + " FROM flows AS f WHERE f.owner_key = ? AND f.flow_id = ?",
         (key.owner_key, key.flow_id),
     ).fetchone()
     if row is None:
@@ -93,7 +96,7 @@ def _children(
     All rows are checked: one that only seems to have ended, or whose run id is another, is work done twice.
     """
     rows = connection.execute(
-        "SELECT " + _TASK + " FROM tasks AS t INDEXED BY tasks_by_flow WHERE t.flow_key = ?",
+        "SELECT " + TASK + " FROM tasks AS t INDEXED BY tasks_by_flow WHERE t.flow_key = ?",
         (flow.key,),
     )
     active: list[StoredTask] = []
@@ -104,7 +107,7 @@ def _children(
             if row[4] in _ACTIVE:
                 active.append(codec.read_stored_task(doc))
             if row[3] is not None:
-                run_ids.append((_id(row[3]), _id(row[1])))
+                run_ids.append((text_of(row[3]), text_of(row[1])))
     finally:
         rows.close()
     (named,) = connection.execute(
@@ -126,7 +129,7 @@ def _whole_history(connection: sqlite3.Connection, flow: StoredFlow) -> int:
     if count == 0 or count != last:
         raise SnapshotUnreadable(f"flow {flow.flow_id}", "some of its history is missing")
     row = connection.execute(
-        "SELECT " + _EVENT + " FROM events AS e WHERE e.flow_key = ? AND e.seq = ?",
+        "SELECT " + EVENT + " FROM events AS e WHERE e.flow_key = ? AND e.seq = ?",
         (flow.key, last),
     ).fetchone()
     if row is None or codec.read_event(codec.event_doc(row), 0).revision != flow.revision:
@@ -136,9 +139,9 @@ def _whole_history(connection: sqlite3.Connection, flow: StoredFlow) -> int:
 
 def find_flow(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> Flow | None:
     """One flow by its whole id."""
-    where, values = _scoped(scope, ["f.flow_id = ?"], [flow_id])
+    where, values = scoped(scope, ["f.flow_id = ?"], [flow_id])
     row = connection.execute(
-        "SELECT " + _FLOW + " FROM flows AS f" + where + " ORDER BY f.key DESC LIMIT 1", values
+        "SELECT " + FLOW + " FROM flows AS f" + where + " ORDER BY f.key DESC LIMIT 1", values
     ).fetchone()
     return None if row is None else _flow(*row)
 
@@ -157,7 +160,7 @@ def _event(*row: Any) -> Event:
 
 def key_of(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int | None:
     """The number of a flow."""
-    where, values = _scoped(scope, ["f.flow_id = ?"], [flow_id])
+    where, values = scoped(scope, ["f.flow_id = ?"], [flow_id])
     row = connection.execute(
         "SELECT f.key FROM flows AS f" + where + " ORDER BY f.key DESC LIMIT 1", values
     ).fetchone()
@@ -165,7 +168,11 @@ def key_of(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int | 
         return None
     # Found by the index; the row itself has to say the same, or another flow's children would be shown.
     named = connection.execute("SELECT owner_key, flow_id FROM flows WHERE key = ?", row).fetchone()
-    if named is None or _id(named[1]) != flow_id or scope.owner_key not in (None, _id(named[0])):
+    if (
+        named is None
+        or text_of(named[1]) != flow_id
+        or scope.owner_key not in (None, text_of(named[0]))
+    ):
         raise SnapshotUnreadable(f"flow {flow_id}", "its index leads to another row")
     return int(row[0])
 
@@ -175,7 +182,7 @@ def find_by_idempotency_key(
 ) -> FlowKey | None:
     """The flow an idempotency key was first used for."""
     row = connection.execute(
-        "SELECT " + _FLOW + " FROM flows AS f WHERE f.owner_key = ? AND f.idempotency_key = ?",
+        "SELECT " + FLOW + " FROM flows AS f WHERE f.owner_key = ? AND f.idempotency_key = ?",
         (owner_key, key),
     ).fetchone()
     return None if row is None else FlowKey(owner_key, _flow(*row).flow_id)
@@ -187,7 +194,7 @@ def list_flows(
     """Flows newest first, unreadable ones left out."""
     conditions, values = [], list[Any]()
     if query.statuses:
-        conditions.append(_one_of("f.status", query.statuses))
+        conditions.append(one_of("f.status", query.statuses))
         values.extend(query.statuses)
     if query.controller_id is not None:
         conditions.append("f.controller_id = ?")
@@ -206,14 +213,14 @@ def list_flows(
     if query.before_key is not None:
         conditions.append("f.key < ?")
         values.append(query.before_key)
-    where, values = _scoped(scope, conditions, values)
+    where, values = scoped(scope, conditions, values)
     rows = connection.execute(
-        "SELECT " + _FLOW + " FROM flows AS f" + where + " ORDER BY f.key DESC", values
+        "SELECT " + FLOW + " FROM flows AS f" + where + " ORDER BY f.key DESC", values
     )
-    return _readable(rows, _flow, limit)
+    return readable(rows, _flow, limit)
 
 
-def _readable(rows: sqlite3.Cursor, read: Callable[..., T], limit: int) -> list[T]:
+def readable(rows: sqlite3.Cursor, read: Callable[..., T], limit: int) -> list[T]:
     """The first readable records of a query, as many as asked for; the others take no place in a page."""
     found: list[T] = []
     try:
@@ -241,9 +248,9 @@ def find_task(
     connection: sqlite3.Connection, scope: Scope, task_id: str
 ) -> tuple[FlowKey, Task] | None:
     """One child and the flow it belongs to."""
-    where, values = _scoped(scope, ["t.task_id = ?"], [task_id])
+    where, values = scoped(scope, ["t.task_id = ?"], [task_id])
     row = connection.execute(
-        "SELECT f.owner_key, f.flow_id, " + _TASK + " FROM tasks AS t"
+        "SELECT f.owner_key, f.flow_id, " + TASK + " FROM tasks AS t"
         " JOIN flows AS f ON f.key = t.flow_key" + where,
         values,
     ).fetchone()
@@ -251,9 +258,9 @@ def find_task(
         return None
     owner_key, flow_id, *columns = row
     task = _task(*columns)
-    if key_of(connection, Scope(_id(owner_key)), task.flow_id) != columns[2]:
+    if key_of(connection, Scope(text_of(owner_key)), task.flow_id) != columns[2]:
         raise SnapshotUnreadable(f"task {task_id}", "the row of its flow is damaged")
-    return FlowKey(_id(owner_key), _id(flow_id)), task
+    return FlowKey(text_of(owner_key), text_of(flow_id)), task
 
 
 def list_tasks(
@@ -285,12 +292,12 @@ def _tasks(
 ) -> list[tuple[Any, ...]]:
     where, values = "t.flow_key = ?", [flow_key, *statuses]
     if statuses:
-        where += " AND " + _one_of("t.status", statuses)
+        where += " AND " + one_of("t.status", statuses)
     if task_ids is not None:
-        where += " AND " + _one_of("t.task_id", task_ids)
+        where += " AND " + one_of("t.task_id", task_ids)
         values.extend(task_ids)
     return connection.execute(
-        "SELECT " + _TASK + " FROM tasks AS t WHERE " + where, values
+        "SELECT " + TASK + " FROM tasks AS t WHERE " + where, values
     ).fetchall()
 
 
@@ -305,7 +312,7 @@ def summarize(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> Tas
     ).fetchall()
     if not _STATUSES.issuperset(status for status, _, _ in rows):
         raise SnapshotUnreadable(f"flow {flow_id}", "the row of one of its tasks is damaged")
-    counted = [(_id(status), _id(runtime), count) for status, runtime, count in rows]
+    counted = [(text_of(status), text_of(runtime), count) for status, runtime, count in rows]
     return count_tasks(counted)
 
 
@@ -314,10 +321,10 @@ def history(
 ) -> list[Event]:
     """A flow's events in order."""
     rows = connection.execute(
-        "SELECT " + _EVENT + " FROM events AS e WHERE e.flow_key = ? AND e.seq > ? ORDER BY e.seq",
+        "SELECT " + EVENT + " FROM events AS e WHERE e.flow_key = ? AND e.seq > ? ORDER BY e.seq",
         (key_of(connection, scope, flow_id), after_seq),
     )
-    return _readable(rows, _event, limit)
+    return readable(rows, _event, limit)
 
 
 def last_seq(connection: sqlite3.Connection, scope: Scope, flow_id: str) -> int:
@@ -330,21 +337,21 @@ def events_after(
     connection: sqlite3.Connection, scope: Scope, position: int, limit: int
 ) -> list[Event]:
     """Events of all flows in scope, in commit order."""
-    where, values = _scoped(scope, ["e.position > ?"], [position])
+    where, values = scoped(scope, ["e.position > ?"], [position])
     rows = connection.execute(
         "SELECT f.flow_id, "
-        + _EVENT
+        + EVENT
         + " FROM events AS e JOIN flows AS f ON f.key = e.flow_key"
         + where
         + " ORDER BY e.position",
         values,
     )
-    return _readable(rows, _event_of, limit)
+    return readable(rows, _event_of, limit)
 
 
 def _event_of(flow_id: object, *row: Any) -> Event:
     event = _event(*row)
-    if event.flow_id != _id(flow_id):
+    if event.flow_id != text_of(flow_id):
         raise SnapshotUnreadable(f"event {row[0]}", "it leads to another flow")
     return event
 
@@ -364,7 +371,7 @@ def list_due(connection: sqlite3.Connection, after: int, until: int) -> list[Due
         " WHERE t.due_at > ?1 AND t.due_at <= ?2 AND typeof(t.due_at) = 'integer'",
         (after, until),
     ).fetchall()
-    return [Due(at, FlowKey(_id(owner), _id(flow_id))) for at, owner, flow_id in rows]
+    return [Due(at, FlowKey(text_of(owner), text_of(flow_id))) for at, owner, flow_id in rows]
 
 
 def next_due(connection: sqlite3.Connection, after: int) -> int | None:
@@ -387,11 +394,11 @@ def list_unfinished(
         + " key IN (SELECT flow_key FROM tasks"
         " WHERE launched = 1 AND status IN ('queued', 'running'))"
         " OR (ended_at IS NULL AND status IN ('queued', 'running') AND "
-        + _one_of("controller_id", controllers)
+        + one_of("controller_id", controllers)
         + ")) ORDER BY key LIMIT ?",
         (after_key, *controllers, limit),
     ).fetchall()
-    return [(key, FlowKey(_id(owner), _id(flow_id))) for key, owner, flow_id in rows]
+    return [(key, FlowKey(text_of(owner), text_of(flow_id))) for key, owner, flow_id in rows]
 
 
 def count_by_controller(connection: sqlite3.Connection) -> dict[str, int]:
@@ -400,77 +407,24 @@ def count_by_controller(connection: sqlite3.Connection) -> dict[str, int]:
         "SELECT controller_id, count(*) FROM flows WHERE ended_at IS NULL"
         " AND status IN ('queued', 'running') AND controller_id IS NOT NULL GROUP BY controller_id"
     ).fetchall()
-    return {_id(controller): count for controller, count in rows}
+    return {text_of(controller): count for controller, count in rows}
 
 
-def list_unreadable(connection: sqlite3.Connection) -> list[Unreadable]:
-    """Every row whose record cannot be read, and what is wrong with the file as a whole, under key 0."""
-    found = []
-    for table, statement, read in (
-        ("flows", "SELECT " + _FLOW + " FROM flows AS f", _stored_flow),
-        ("tasks", "SELECT " + _TASK + " FROM tasks AS t", _stored_task),
-        ("events", "SELECT " + _EVENT + " FROM events AS e", _event),
-    ):
-        try:
-            for row in connection.execute(statement):
-                try:
-                    read(*row)
-                except SnapshotUnreadable as error:
-                    found.append(Unreadable(table=table, key=row[0], problem=str(error)))
-        except sqlite3.DatabaseError as error:
-            told = f"{table} cannot be read to the end: {error}"
-            found.append(Unreadable(table="file", key=0, problem=told))
-    found += _orphans(connection)
-    return found + [Unreadable(table="file", key=0, problem=told) for told in _ails(connection)]
-
-
-def _orphans(connection: sqlite3.Connection) -> list[Unreadable]:
-    """Children whose flow is not there: nobody finds them, so nobody would miss them."""
-    try:
-        rows = connection.execute(
-            "SELECT t.key, t.task_id FROM tasks AS t LEFT JOIN flows AS f ON f.key = t.flow_key"
-            " WHERE f.key IS NULL"
-        ).fetchall()
-    except sqlite3.DatabaseError:
-        # A table that cannot be read to its end is told of already.
-        return []
-    return [
-        Unreadable(table="tasks", key=key, problem=f"task {_id(task_id)} belongs to no flow")
-        for key, task_id in rows
-    ]
-
-
-def _ails(connection: sqlite3.Connection) -> list[str]:
-    """What is wrong with the file beyond single rows. SQLite may give up in the midst of looking."""
-    told = []
-    for look in (schema.find_missing, schema.find_faults):
-        try:
-            told += look(connection)
-        except sqlite3.DatabaseError as error:
-            told.append(str(error))
-    return told
-
-
-def _stored_flow(*row: object) -> object:
-    return codec.read_stored_flow(codec.flow_doc(row))
-
-
-def _stored_task(*row: object) -> object:
-    return codec.read_stored_task(codec.task_doc(row))
-
-
-def _scoped(scope: Scope, conditions: list[str], values: list[Any]) -> tuple[str, list[Any]]:
+def scoped(
+    scope: Scope, conditions: list[str], values: list[Any], of: str = "f"
+) -> tuple[str, list[Any]]:
     """The WHERE clause and its values, bound to one owner unless the scope is everybody."""
     if scope.owner_key is not None:
-        conditions = ["f.owner_key = ?", *conditions]
+        conditions = [of + ".owner_key = ?", *conditions]
         values = [scope.owner_key, *values]
     return (" WHERE " + " AND ".join(conditions) if conditions else ""), values
 
 
-def _one_of(column: str, values: Collection[object]) -> str:
+def one_of(column: str, values: Collection[object]) -> str:
+    """The condition that a column has one of these values, each of them a parameter."""
     return column + " IN (" + ", ".join("?" * len(values)) + ")"
 
 
-def _id(value: object) -> str:
+def text_of(value: object) -> str:
     """An identifier column; damaged bytes become a name that matches nothing rather than an error."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

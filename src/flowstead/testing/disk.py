@@ -44,6 +44,15 @@ _READS: Final = (
     "next_due",
     "list_unfinished",
     "count_by_controller",
+    "look_up_waits",
+    "find_token",
+    "list_met",
+    "list_open_waits",
+    "list_updates_due",
+    "list_digests_due",
+    "has_kept_signals",
+    "next_update_due",
+    "list_updates",
     "list_unreadable",
 )
 
@@ -176,8 +185,14 @@ class SimulatedStore(MemoryStore):
             await self._pause()
         self._epoch = self.disk.take(takeover=takeover, owner=self)
         written = self.disk.written
-        self._key = max(max(written.flows, default=0), max(written.tasks, default=0))
-        await self._pause()
+        rows = (written.flows, written.tasks, written.signals, written.updates)
+        self._key = max(max(table, default=0) for table in rows)
+        try:
+            await self._pause()
+        except asyncio.CancelledError:
+            # Whoever was cancelled holds nothing, and could not let go.
+            await self.aclose()
+            raise
 
     async def aclose(self) -> None:
         self._epoch = 0
@@ -272,7 +287,9 @@ def _copy(tables: MemoryTables) -> MemoryTables:
     copied = copy(tables)
     for name, value in vars(tables).items():
         if isinstance(value, dict):
-            setattr(copied, name, value.copy())
-    copied.children = {key: dict(rows) for key, rows in tables.children.items()}
-    copied.lines = {key: dict(rows) for key, rows in tables.lines.items()}
+            setattr(copied, name, {key: _own(row) for key, row in value.items()})
     return copied
+
+
+def _own(row: object) -> object:
+    return row.copy() if isinstance(row, dict) else row

@@ -14,11 +14,21 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from flowstead.model.event import Event
-from flowstead.model.flow import Flow, FlowKey
-from flowstead.model.task import Task, TaskSummary
+from flowstead.model.flow import Flow, FlowKey, StoredFlow
+from flowstead.model.task import StoredTask, Task, TaskSummary
+from flowstead.model.update import StoredUpdate, Update
 from flowstead.store.codec import FlowWrite
 from flowstead.store.memory import MemoryStore, MemoryTables
-from flowstead.store.port import Due, FlowQuery, Scope, Snapshot, Store, Unreadable
+from flowstead.store.port import (
+    Due,
+    FlowQuery,
+    Scope,
+    Snapshot,
+    Store,
+    Unreadable,
+    WaitLookup,
+    WaitsFound,
+)
 
 
 class FaultyStore:
@@ -205,6 +215,58 @@ class FaultyStore:
     async def count_by_controller(self) -> dict[str, int]:
         self._fail_if_told("count_by_controller")
         return await self.inner.count_by_controller()
+
+    async def look_up_waits(self, asked: Sequence[WaitLookup]) -> list[WaitsFound]:
+        self._fail_if_told("look_up_waits")
+        return await self.inner.look_up_waits(asked)
+
+    async def has_kept_signals(self) -> bool:
+        self._fail_if_told("has_kept_signals")
+        return await self.inner.has_kept_signals()
+
+    async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:
+        self._fail_if_told("find_token")
+        return await self.inner.find_token(token)
+
+    async def list_met(
+        self, *, after_key: int, limit: int, now: int
+    ) -> list[tuple[int, FlowKey, str]]:
+        self._fail_if_told("list_met")
+        return await self.inner.list_met(after_key=after_key, limit=limit, now=now)
+
+    async def list_open_waits(
+        self, scope: Scope, *, flow_id: str | None, after_key: int, limit: int
+    ) -> list[StoredFlow | StoredTask]:
+        self._fail_if_told("list_open_waits")
+        return await self.inner.list_open_waits(
+            scope, flow_id=flow_id, after_key=after_key, limit=limit
+        )
+
+    async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        self._fail_if_told("list_updates_due")
+        return await self.inner.list_updates_due(until=until, limit=limit)
+
+    async def list_digests_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        self._fail_if_told("list_digests_due")
+        return await self.inner.list_digests_due(until=until, limit=limit)
+
+    async def next_update_due(self, *, after: int = -1) -> int | None:
+        self._fail_if_told("next_update_due")
+        return await self.inner.next_update_due(after=after)
+
+    async def list_updates(
+        self,
+        scope: Scope,
+        *,
+        flow_id: str | None,
+        statuses: Collection[str],
+        after_key: int,
+        limit: int,
+    ) -> list[Update]:
+        self._fail_if_told("list_updates")
+        return await self.inner.list_updates(
+            scope, flow_id=flow_id, statuses=statuses, after_key=after_key, limit=limit
+        )
 
     async def list_unreadable(self) -> list[Unreadable]:
         self._fail_if_told("list_unreadable")

@@ -46,6 +46,9 @@ class SimulatedIds:
     def chance(self) -> float:
         return self._random.random()
 
+    def token(self) -> str:
+        return f"token-{self._next():04d}"
+
     def _next(self) -> int:
         self._given += 1
         return self._given

@@ -25,11 +25,15 @@ from typing import Final, TypeVar
 import msgspec
 from anyio._backends import _asyncio
 
+from flowstead.engine.engine import DELIVERIES
 from flowstead.engine.guard import consists_of
 from flowstead.errors import StoreError
 from flowstead.model.flow import Flow, Json
 from flowstead.model.limits import Limits
+from flowstead.model.retry import Retry
+from flowstead.notifiers.port import Notifier
 from flowstead.registry import Registry
+from flowstead.rules.digests import DigestTime
 from flowstead.runtime import Runtime, open_runtime
 from flowstead.store import codec
 from flowstead.store.codec import FlowWrite
@@ -60,6 +64,8 @@ class Simulation:
         schedule: What happens in it; a seed alone means its order of steps with no faults and no crashes.
         store: Makes each process's store; one on `disk` unless given.
         clock_start: The first instant, epoch ms.
+        notifier: Takes the updates of every process. It stands for what is outside, so it outlives them.
+        deliveries, digest_time: As for `open_runtime`.
     """
 
     def __init__(
@@ -68,6 +74,9 @@ class Simulation:
         *,
         store: Callable[[], Store] | None = None,
         clock_start: int = _START,
+        notifier: Notifier | None = None,
+        deliveries: Retry = DELIVERIES,
+        digest_time: DigestTime | None = None,
     ) -> None:
         if isinstance(schedule, int):
             schedule = Schedule(seed=schedule)
@@ -87,6 +96,7 @@ class Simulation:
         """What happened, a line each: commits, crashes, restarts."""
         self._chance_before = globally.getstate()
         self._make_store = store or self._simulated_store
+        self._notifier, self._deliveries, self._digest_time = notifier, deliveries, digest_time
         self._seconds = 0.0
         self._crashes = sorted(set(schedule.crashes), reverse=True)
         self._loop: SimulatedLoop | None = None
@@ -311,6 +321,9 @@ class Simulation:
             ids=self.ids,
             limits=limits or _LIMITS,
             takeover=takeover,
+            notifier=self._notifier,
+            deliveries=self._deliveries,
+            digest_time=self._digest_time,
         )
 
     @property

@@ -32,11 +32,13 @@ _CONCERNS: Final = (
     "isolation",
     "listing",
     "motion",
+    "outbox",
     "ownership",
     "restart",
     "takeover",
     "texts",
     "unreadable",
+    "waits",
 )
 
 # Asked for before they are imported, so that a failing assertion shows both of its sides.

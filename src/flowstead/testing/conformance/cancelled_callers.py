@@ -10,7 +10,7 @@ import pytest
 
 from flowstead.errors import StoreInUse, WriteConflict
 from flowstead.model.flow import FlowKey
-from flowstead.store.port import EVERYONE, FlowQuery, Store
+from flowstead.store.port import EVERYONE, FlowQuery, Store, WaitLookup
 from flowstead.testing.conformance.fixtures import MakeStore
 from flowstead.testing.conformance.reads import ids, positions
 from flowstead.testing.conformance.rows import ALICE, creates, flow_of, put, put_task, task_of
@@ -98,6 +98,14 @@ class CancelledCallers:
             store.next_due(after=0),
             store.list_unfinished([], after_key=0, limit=10),
             store.count_by_controller(),
+            store.look_up_waits([WaitLookup("alice", "key", "id", 0)]),
+            store.find_token("token"),
+            store.list_met(after_key=0, limit=10, now=0),
+            store.list_open_waits(ALICE, flow_id=None, after_key=0, limit=10),
+            store.list_updates_due(until=0, limit=10),
+            store.list_digests_due(until=0, limit=10),
+            store.next_update_due(),
+            store.list_updates(ALICE, flow_id=None, statuses=(), after_key=0, limit=10),
             store.list_unreadable(),
             store.upkeep(idle=True),
         ]

@@ -1,7 +1,8 @@
 """Rows for the tests of a store: small records, and the writes that carry them.
 
-Build a record (`flow_of`, `task_of`, `event_of`), put it into a write (`creates`, `changes`, `children`, `tells`),
-and commit a list of writes; or store one thing with its first event at once (`put`, `put_task`).
+Build a record (`flow_of`, `task_of`, `event_of`, `wait_of`, `signal_of`, `update_of`), put it into a write
+(`creates`, `changes`, `children`, `tells`, `signals`, `updates`), and commit a list of writes; or store one thing
+at once, a flow with its first event (`put`, `put_task`, `put_signal`, `put_update`).
 
 The writes keep to what the runtime writes: a flow's events are numbered from 1 without a gap, the newest one
 carries the flow's revision, and a child's flow is there before the child or comes with it. A store may insist.
@@ -20,6 +21,7 @@ from flowstead.model.flow import (
     StoredFlow,
     SyncMode,
 )
+from flowstead.model.signal import StoredSignal
 from flowstead.model.task import (
     ACTIVE_TASK_STATUSES,
     DeliveryStatus,
@@ -27,6 +29,9 @@ from flowstead.model.task import (
     StoredTask,
     TaskStatus,
 )
+from flowstead.model.update import StoredUpdate, UpdateKind
+from flowstead.model.wait import Wait, WaitKind
+from flowstead.rules.wait_keys import wait_key
 from flowstead.store import codec
 from flowstead.store.codec import EventRow, FlowRow, FlowWrite, TaskRow
 from flowstead.store.port import Scope, Store
@@ -108,6 +113,57 @@ def task_of(
     )
 
 
+def key_for(thread: str = "t-1", *, owner_key: str = "alice") -> str:
+    """The key of a wait for a reply in a thread."""
+    return wait_key(owner_key, {"kind": "reply", "thread": thread})
+
+
+def wait_of(wait_key: str | None = None, /, *, token: str | None = None, **fields: Any) -> Wait:
+    """A wait for a key, for one that a token answers, or both."""
+    return Wait(kind=fields.pop("kind", WaitKind.SIGNAL), wait_key=wait_key, token=token, **fields)
+
+
+def signal_of(
+    key: int,
+    *,
+    wait_key: str,
+    owner_key: str = "alice",
+    signal_id: str | None = None,
+    expires_at: int | None = NOW + 1000,
+    **fields: Any,
+) -> StoredSignal:
+    """A signal's record; it is kept unless it has no end, or is taken."""
+    return StoredSignal(
+        key=key,
+        owner_key=owner_key,
+        wait_key=wait_key,
+        signal_id=signal_id,
+        received_at=NOW,
+        expires_at=expires_at,
+        **fields,
+    )
+
+
+def update_of(key: int, flow: StoredFlow, slot: str = "progress", **fields: Any) -> StoredUpdate:
+    """An update's record: one that is pending, and due now."""
+    fields.setdefault("due_at", NOW)
+    fields.setdefault("kind", UpdateKind.NOTICE)
+    return StoredUpdate(
+        key=key,
+        flow_key=flow.key,
+        slot=slot,
+        idempotency_key=f"{flow.flow_id}:{slot}:{key}",
+        owner_key=flow.owner_key,
+        flow_id=flow.flow_id,
+        revision=flow.revision,
+        flow_status=flow.status,
+        goal=flow.goal,
+        text=fields.pop("text", "It goes on."),
+        created_at=NOW,
+        **fields,
+    )
+
+
 def event_of(flow: StoredFlow, seq: int, **fields: Any) -> EventRow:
     """A line of a flow's history."""
     event = Event(
@@ -177,6 +233,18 @@ def tells(flow: StoredFlow, *seqs: int) -> FlowWrite:
     return FlowWrite(flow=None, tasks=[], events=[event_of(flow, seq) for seq in seqs])
 
 
+def signals(*signals: StoredSignal, fresh: bool = True) -> FlowWrite:
+    """A write of signals alone."""
+    rows = [codec.signal_row(signal, fresh=fresh) for signal in signals]
+    return FlowWrite(flow=None, tasks=[], events=[], signals=rows)
+
+
+def updates(*updates: StoredUpdate, fresh: bool = True) -> FlowWrite:
+    """A write of updates alone."""
+    rows = [codec.update_row(update, fresh=fresh) for update in updates]
+    return FlowWrite(flow=None, tasks=[], events=[], updates=rows)
+
+
 def with_doc(write: FlowWrite, doc: str) -> FlowWrite:
     """The same write with another text where the flow's record should be."""
     assert write.flow is not None
@@ -196,3 +264,19 @@ async def put_task(store: Store, flow: StoredFlow, task_id: str, **fields: Any) 
     task = task_of(store.next_key(), flow, task_id, **fields)
     await store.commit([children(task)])
     return task
+
+
+async def put_signal(store: Store, **fields: Any) -> StoredSignal:
+    """Store a signal."""
+    signal = signal_of(store.next_key(), **fields)
+    await store.commit([signals(signal)])
+    return signal
+
+
+async def put_update(
+    store: Store, flow: StoredFlow, slot: str = "progress", **fields: Any
+) -> StoredUpdate:
+    """Store an update."""
+    update = update_of(store.next_key(), flow, slot, **fields)
+    await store.commit([updates(update)])
+    return update

@@ -10,11 +10,13 @@ from flowstead.testing.conformance.history import History
 from flowstead.testing.conformance.isolation import Isolation
 from flowstead.testing.conformance.listing import Listing
 from flowstead.testing.conformance.motion import Motion
+from flowstead.testing.conformance.outbox import Outbox
 from flowstead.testing.conformance.ownership import Ownership
 from flowstead.testing.conformance.restart import Restart
 from flowstead.testing.conformance.takeover import Takeover
 from flowstead.testing.conformance.texts import Texts
 from flowstead.testing.conformance.unreadable import UnreadableRows
+from flowstead.testing.conformance.waits import Waits
 
 
 # pytest runs the tests of the last base first: what everything else stands on comes at the end.
@@ -24,6 +26,8 @@ class StoreConformance(
     Restart,
     Takeover,
     Ownership,
+    Outbox,
+    Waits,
     Motion,
     Texts,
     Listing,

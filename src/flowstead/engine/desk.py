@@ -1,0 +1,460 @@
+"""The desk: where signals by key come in, and are handed to the flows that wait for them, or kept.
+
+Theory of operation. A signal does not know its flow, so nobody's mailbox can put it in order. The desk does: each
+key has a lane, worked off one job at a time. A job looks up, by an index, who waits on the key and what is kept for
+it; then it hands the signal to those flows' actors, which decide, and is written with what they write; or it
+writes the signal down to be kept. A flow that has opened a wait puts a job into the lane as well, to be handed what
+is kept. Since every job reads what the jobs before it have committed, a signal and a wait cannot miss each other,
+whichever comes first; and after a crash the same index tells which have met.
+
+A signal with an id passes a lane of that id first, so that of two with the same id the second finds the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from functools import partial
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from flowstead.engine.clock import Clock
+from flowstead.engine.committer import Committer
+from flowstead.engine.mailbox import Reply
+from flowstead.engine.unit import Unit
+from flowstead.errors import (
+    CommitFailed,
+    MailboxFull,
+    OutcomeUnknown,
+    RuntimeClosed,
+    SnapshotUnreadable,
+    StoreError,
+)
+from flowstead.log import get_logger
+from flowstead.model.code import Code, Refusal
+from flowstead.model.command import Command, Deliver
+from flowstead.model.flow import FlowKey
+from flowstead.model.signal import SignalCode, StoredSignal
+from flowstead.store import codec
+from flowstead.store.codec import FlowWrite
+from flowstead.store.port import Store, WaitLookup, WaitsFound
+
+T = TypeVar("T")
+
+log = get_logger(__name__)
+
+_PAGE: Final = 256
+_AGAIN_SECONDS: Final = 1.0
+_GONE: Final = frozenset({Code.UNAWAITED, Code.NOT_FOUND, Code.NOT_MANAGED})
+_LATE: Final = frozenset({Code.LATE, Code.CANCEL_REQUESTED, Code.TERMINAL})
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a signal: who was woken, or why nobody was."""
+
+    code: SignalCode
+    reason: str
+    flow_ids: tuple[str, ...] = ()
+    expires_at: int | None = None
+
+
+class Post(Protocol):
+    """The way to a flow's mailbox."""
+
+    def __call__(
+        self,
+        key: FlowKey,
+        command: Command,
+        actor: str,
+        *,
+        unit: Unit | None = None,
+        bounded: bool = True,
+    ) -> asyncio.Future[Reply]:
+        """Post a command; the future is settled once what it says is durable."""
+        ...
+
+
+class Signal(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A signal as it comes in. Without a lifetime (seconds) it is not kept."""
+
+    owner_key: str
+    wait_key: str
+    payload: Raw | UnsetType = UNSET
+    signal_id: str | None = None
+    lifetime: float | None = None
+    actor: str = "session"
+
+
+class _Kept:
+    """Told when a row that belongs to no flow is written."""
+
+    def __init__(self) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def committed(self, first_position: int) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def failed(self, error: StoreError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+async def write_alone(committer: Committer, write: FlowWrite) -> None:
+    """Have a write committed that belongs to no flow's turn."""
+    kept = _Kept()
+    committer.submit(write, kept)
+    await kept.done
+
+
+class Lanes:
+    """Jobs by key: those of one key one after another, each to its end whatever becomes of its caller."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Hashable, deque[Callable[[], Awaitable[None]]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def put(self, key: Hashable, job: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
+        """Add a job to a lane; the future has its answer."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = deque()
+            task = asyncio.create_task(self._work_off(key, lane), name="flowstead desk")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        lane.append(partial(_settle, answer, job))
+        return answer
+
+    async def _work_off(self, key: Hashable, lane: deque[Callable[[], Awaitable[None]]]) -> None:
+        try:
+            while lane:
+                await lane.popleft()()
+        finally:
+            del self._lanes[key]
+
+    async def drain(self) -> None:
+        """Return once every job has been seen to its end."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+async def _settle(answer: asyncio.Future[T], job: Callable[[], Awaitable[T]]) -> None:
+    try:
+        found = await job()
+    except asyncio.CancelledError:
+        if not answer.done():
+            answer.set_exception(RuntimeClosed("This runtime is closing."))
+            answer.exception()
+        raise
+    except Exception as error:
+        if not answer.done():
+            answer.set_exception(error)
+            answer.exception()
+    else:
+        if not answer.done():
+            answer.set_result(found)
+
+
+class Desk:
+    """Takes signals in; see above."""
+
+    def __init__(self, store: Store, committer: Committer, clock: Clock, post: Post) -> None:
+        self._store = store
+        self._committer = committer
+        self._clock = clock
+        self._post = post
+        self._lanes = Lanes()
+        self._lookups: list[tuple[WaitLookup, asyncio.Future[WaitsFound]]] = []
+        self._reading: asyncio.Task[None] | None = None
+        self._to_see_to: set[tuple[str, str]] = set()
+        # Whether there can be anything to hand over: usually not, and then opening a wait costs nothing here.
+        self._may_be_kept = True
+        self._has_come = False
+        self._is_closed = False
+        # Held by the one signal that is being written for several flows.
+        self._together = asyncio.Lock()
+
+    # ---- signals ----------------------------------------------------------------------------------
+
+    async def take_in(self, signal: Signal) -> Receipt:
+        """Wake who waits for the signal, or keep it.
+
+        Cancelling the caller takes nothing back.
+
+        Raises:
+            CommitFailed: Certainly not written; safe to send again.
+            OutcomeUnknown: Nobody knows; with an id it is safe to send again.
+        """
+        # Before anything is looked up: whoever opens a wait from now on asks whether this one was kept.
+        self._may_be_kept = self._has_come = True
+        arrive = partial(self._in_lane, signal)
+        if signal.signal_id is None:
+            return await asyncio.shield(arrive())
+        named = ("id", signal.owner_key, signal.signal_id)
+        return await asyncio.shield(self._lanes.put(named, arrive))
+
+    def _in_lane(self, signal: Signal) -> asyncio.Future[Receipt]:
+        key = (signal.owner_key, signal.wait_key)
+        return self._lanes.put(key, partial(self._arrive, signal))
+
+    async def _arrive(self, signal: Signal) -> Receipt:
+        while True:
+            found = await self._look_up(signal.owner_key, signal.wait_key, signal.signal_id)
+            if found.is_known:
+                return Receipt(
+                    code=SignalCode.DUPLICATE, reason="A signal with this id was taken in already."
+                )
+            if found.waiting and found.kept is not None:
+                # It was here first.
+                if await self._hand_over(found.kept, found.waiting):
+                    continue
+            elif found.waiting:
+                receipt = await self._wake(signal, found.waiting)
+                if receipt is not None:
+                    return receipt
+            return await self._keep(signal, found)
+
+    async def _wake(self, signal: Signal, flows: Sequence[FlowKey]) -> Receipt | None:
+        """Hand the signal to these flows; None if none of them waits any more."""
+        command = Deliver(
+            wait_key=signal.wait_key, payload=signal.payload, signal_id=signal.signal_id
+        )
+        rows = () if signal.signal_id is None else (self._row(signal, taken_by=flows[0].flow_id),)
+        replies = await self._deliver(flows, command, signal.actor, rows)
+        return _receipt(flows, replies)
+
+    async def _keep(self, signal: Signal, found: WaitsFound) -> Receipt:
+        if found.was_awaited and not found.is_live:
+            reason = "Every flow that waited for this has ended. Nothing was kept."
+            return Receipt(code=SignalCode.LATE, reason=reason)
+        if signal.lifetime is None:
+            return Receipt(code=SignalCode.UNAWAITED, reason="Nobody waits for this.")
+        expires_at = self._clock.now() + round(signal.lifetime * 1000)
+        row = codec.signal_row(self._stored(signal, expires_at=expires_at), fresh=True)
+        await write_alone(self._committer, FlowWrite(None, (), (), (row,)))
+        reason = "Nobody waits for this yet; it is kept."
+        return Receipt(code=SignalCode.KEPT, reason=reason, expires_at=expires_at)
+
+    def _row(self, signal: Signal, *, taken_by: str) -> codec.SignalRow:
+        # The payload is in what it answered.
+        stored = msgspec.structs.replace(self._stored(signal), payload=UNSET, taken_by=taken_by)
+        return codec.signal_row(stored, fresh=True)
+
+    def _stored(self, signal: Signal, *, expires_at: int | None = None) -> StoredSignal:
+        return StoredSignal(
+            key=self._store.next_key(),
+            owner_key=signal.owner_key,
+            wait_key=signal.wait_key,
+            signal_id=signal.signal_id,
+            payload=signal.payload,
+            received_at=self._clock.now(),
+            expires_at=expires_at,
+        )
+
+    # ---- waits that were opened -------------------------------------------------------------------
+
+    def opened(self, key: FlowKey, wait_key: str) -> None:
+        """A wait on a key is on disk: hand over what has been kept for it."""
+        named = (key.owner_key, wait_key)
+        if self._may_be_kept and not self._is_closed and named not in self._to_see_to:
+            self._to_see_to.add(named)
+            self._lanes.put(named, partial(self._see_to, *named))
+
+    async def _see_to(self, owner_key: str, wait_key: str) -> None:
+        # Waits that are opened from now on may be missed by what is read below.
+        self._to_see_to.discard((owner_key, wait_key))
+        try:
+            found = await self._look_up(owner_key, wait_key, None, only_kept=True)
+            while found.waiting and found.kept is not None:
+                if not await self._hand_over(found.kept, found.waiting):
+                    return
+                found = await self._look_up(owner_key, wait_key, None, only_kept=True)
+        except Exception as error:
+            log.warning("signal.not_handed_over", reason=str(error))
+            again = partial(self.opened, FlowKey(owner_key, ""), wait_key)
+            self._clock.call_later(_AGAIN_SECONDS, again)
+
+    async def _hand_over(self, kept: StoredSignal, flows: Sequence[FlowKey]) -> bool:
+        """Give a kept signal to these flows; answers whether it is kept no more."""
+        taken = msgspec.structs.replace(kept, taken_by=flows[0].flow_id)
+        command = Deliver(wait_key=kept.wait_key, payload=kept.payload, signal_id=kept.signal_id)
+        rows = (codec.signal_row(taken, fresh=False),)
+        receipt = _receipt(flows, await self._deliver(flows, command, "signal", rows))
+        if receipt is None or receipt.code is SignalCode.LATE:
+            return False
+        if receipt.code is SignalCode.WRONG_SHAPE:
+            # Whoever sent it has gone; it must not stand in the way of a better one.
+            log.warning("signal.turned_away", flow_id=flows[0].flow_id, reason=receipt.reason)
+            refused = msgspec.structs.replace(kept, taken_by="")
+            row = codec.signal_row(refused, fresh=False)
+            await write_alone(self._committer, FlowWrite(None, (), (), (row,)))
+        return True
+
+    async def recover(self) -> None:
+        """Hand over what a crash has left unmatched."""
+        kept = await self._store.has_kept_signals()
+        self._may_be_kept = kept or self._has_come
+        if not kept:
+            return
+        after, now = 0, self._clock.now()
+        while page := await self._store.list_met(after_key=after, limit=_PAGE, now=now):
+            for _, key, wait_key in page:
+                self.opened(key, wait_key)
+            after = page[-1][0]
+
+    # ---- flows ------------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        key: FlowKey,
+        command: Command,
+        actor: str,
+        *,
+        signal_id: str | None,
+        wait_key: str,
+    ) -> Reply | None:
+        """Post an answer to one flow, once for each id; None if the id is known.
+
+        Cancelling the caller takes nothing back.
+        """
+        if signal_id is None:
+            return await asyncio.shield(self._post(key, command, actor))
+        signal = Signal(owner_key=key.owner_key, wait_key=wait_key, signal_id=signal_id)
+        job = partial(self._send_once, key, command, actor, signal)
+        return await asyncio.shield(self._lanes.put(("id", key.owner_key, signal_id), job))
+
+    async def _send_once(
+        self, key: FlowKey, command: Command, actor: str, signal: Signal
+    ) -> Reply | None:
+        if (await self._look_up(key.owner_key, signal.wait_key, signal.signal_id)).is_known:
+            return None
+        unit = Unit(1, (self._row(signal, taken_by=key.flow_id),))
+        return await self._post(key, command, actor, unit=unit)
+
+    async def _deliver(
+        self,
+        flows: Sequence[FlowKey],
+        command: Command,
+        actor: str,
+        rows: tuple[codec.SignalRow, ...],
+    ) -> list[Reply]:
+        # Past the bounds of mailboxes: of one key there is never more than one on its way to a flow.
+        if len(flows) == 1:
+            unit = Unit(1, rows) if rows else None
+            try:
+                return [await self._post(flows[0], command, actor, unit=unit, bounded=False)]
+            except SnapshotUnreadable as error:
+                return [_as_reply(error)]
+        async with self._together:
+            unit = Unit(len(flows), rows)
+            asked = [self._try(key, command, actor, unit) for key in flows]
+            replies = await asyncio.gather(*asked, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, RuntimeClosed):
+                raise reply  # and nothing was written: the others were in one unit with it
+        return [_as_reply(reply) for reply in replies]
+
+    def _try(self, key: FlowKey, command: Command, actor: str, unit: Unit) -> asyncio.Future[Reply]:
+        """Post to one of several; that one cannot be asked must not keep the others waiting."""
+        try:
+            return self._post(key, command, actor, unit=unit, bounded=False)
+        except RuntimeClosed as error:
+            refused: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+            refused.set_exception(error)
+            return refused
+
+    # ---- looking up -------------------------------------------------------------------------------
+
+    async def _look_up(
+        self, owner_key: str, wait_key: str, signal_id: str | None, *, only_kept: bool = False
+    ) -> WaitsFound:
+        """Who waits and what is kept; many are asked in one read."""
+        found: asyncio.Future[WaitsFound] = asyncio.get_running_loop().create_future()
+        asked = WaitLookup(
+            owner_key=owner_key,
+            wait_key=wait_key,
+            signal_id=signal_id,
+            now=self._clock.now(),
+            only_kept=only_kept,
+        )
+        self._lookups.append((asked, found))
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read(), name="flowstead desk")
+        return await found
+
+    async def _read(self) -> None:
+        try:
+            while self._lookups:
+                asked, self._lookups = self._lookups[:_PAGE], self._lookups[_PAGE:]
+                await self._read_page(asked)
+        finally:
+            self._reading = None
+
+    async def _read_page(self, page: list[tuple[WaitLookup, asyncio.Future[WaitsFound]]]) -> None:
+        try:
+            answers = await self._store.look_up_waits([lookup for lookup, _ in page])
+        except BaseException as error:
+            failed = error if isinstance(error, Exception) else RuntimeClosed("closing")
+            for _, future in page:
+                if not future.done():
+                    future.set_exception(failed)
+                    future.exception()
+            if not isinstance(error, Exception):
+                raise
+            return
+        for (_, future), answer in zip(page, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)
+
+    async def aclose(self) -> None:
+        """Answer who waits; flows take nothing more, so nothing new begins. What is kept the next runtime finds."""
+        self._is_closed = True
+        await self._lanes.drain()
+
+
+def _as_reply(found: Reply | BaseException) -> Reply:
+    if isinstance(found, Reply):
+        return found
+    if isinstance(found, SnapshotUnreadable):
+        # A flow that cannot be read is nobody who waits.
+        return Reply(None, Refusal(Code.NOT_FOUND, str(found)))
+    if not isinstance(found, StoreError):
+        raise found
+    return Reply(None, Refusal(Code.PERSIST_FAILED, str(found)))
+
+
+def _receipt(flows: Sequence[FlowKey], replies: Sequence[Reply]) -> Receipt | None:
+    """What the flows say, taken together; None if none of them waits any more.
+
+    Raises:
+        CommitFailed, OutcomeUnknown, MailboxFull: What kept the signal from being taken.
+    """
+    woken = tuple(
+        key.flow_id for key, reply in zip(flows, replies, strict=True) if reply.refusal is None
+    )
+    if woken:
+        return Receipt(code=SignalCode.MATCHED, reason="Taken.", flow_ids=woken)
+    refusals = [reply.refusal for reply in replies if reply.refusal is not None]
+    for refusal in refusals:
+        if refusal.code is Code.WRONG_SHAPE:
+            return Receipt(code=SignalCode.WRONG_SHAPE, reason=refusal.reason)
+    for refusal in refusals:
+        if refusal.code not in _GONE and refusal.code not in _LATE:
+            raise unsettled(refusal)
+    for refusal in refusals:
+        if refusal.code in _LATE:
+            return Receipt(code=SignalCode.LATE, reason=refusal.reason)
+    return None
+
+
+def unsettled(refusal: Refusal) -> Exception:
+    """Why an answer was not decided, as an exception."""
+    if refusal.code is Code.OUTCOME_UNKNOWN:
+        return OutcomeUnknown(refusal.reason)
+    if refusal.code is Code.OVERLOADED:
+        return MailboxFull(refusal.reason)
+    return CommitFailed(refusal.reason)

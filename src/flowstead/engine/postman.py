@@ -1,0 +1,337 @@
+"""The postman: sends the updates that turns have written, until each is delivered or visibly given up.
+
+Theory of operation. An update is a row before anybody is told. The postman reads what is due, hands each to the
+notifier, and writes down what became of it. If the process dies between the two, the next one sends the update
+again, under the same idempotency key: a receiver that keeps the keys sees it once. Of one flow only one update is
+on its way at a time, oldest first. One that failed and waits for its next attempt holds up nobody, not even the
+end of its own flow.
+
+A digest is made of what was put by for one owner until an instant: its items are sealed into one update in a single
+transaction, and that is sent like any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from itertools import groupby
+from math import isfinite
+from typing import Final
+
+import msgspec
+from msgspec import UNSET, Raw
+
+from flowstead.engine.clock import Clock, Handle, Ids
+from flowstead.engine.committer import Committer
+from flowstead.engine.desk import Post, write_alone
+from flowstead.engine.guard import describe
+from flowstead.engine.unit import Unit
+from flowstead.errors import Fatal, SnapshotUnreadable, StoreError, TaskSignal
+from flowstead.log import get_logger
+from flowstead.model.command import NoteDelivery
+from flowstead.model.flow import FlowKey
+from flowstead.model.limits import Limits
+from flowstead.model.retry import Retry
+from flowstead.model.update import PROGRESS, StoredUpdate, Update, UpdateKind, UpdateStatus
+from flowstead.rules import news
+from flowstead.rules.digests import compose_text
+from flowstead.store import codec
+from flowstead.store.codec import FlowWrite, UpdateRow
+from flowstead.store.port import Scope, Store
+
+log = get_logger(__name__)
+
+_PAGE: Final = 256
+_AGAIN_SECONDS: Final = 1.0
+_LONGEST_SECONDS: Final = 60.0
+_LONGEST_REASON: Final = 200
+_LONGEST_WAIT: Final = 24 * 3600.0
+
+Send = Callable[[Update], Awaitable[None]]
+
+
+class Postman:
+    """Sends what is due; `note` tells of new updates."""
+
+    def __init__(
+        self,
+        store: Store,
+        committer: Committer,
+        clock: Clock,
+        ids: Ids,
+        *,
+        send: Send,
+        retry: Retry,
+        limits: Limits,
+        post: Post,
+    ) -> None:
+        self._store = store
+        self._committer = committer
+        self._clock = clock
+        self._ids = ids
+        self._send = send
+        self._retry = retry
+        self._limits = limits
+        self._post = post
+        self._look = asyncio.Event()
+        self._armed: tuple[int, Handle] | None = None
+        self._under_way: dict[int, asyncio.Task[None]] = {}
+        # Flows whose delivery came back while a page was read: what the page says of them is old.
+        self._came_meanwhile: set[int] = set()
+        self._is_closed = False
+        self.delivered = self.failed = 0
+
+    def note(self, at: int) -> None:
+        """There is an update to send, from this instant on, epoch ms."""
+        if at <= self._clock.now():
+            self._look.set()
+        else:
+            self._arm(at)
+
+    async def run(self) -> None:
+        """Send what is due, for ever; cancelled at shutdown."""
+        while True:
+            self._look.clear()
+            try:
+                await self._send_due()
+            except StoreError as error:
+                log.error("updates.not_read", reason=str(error))
+                self._clock.call_later(_AGAIN_SECONDS, self._look.set)
+            await self._look.wait()
+
+    async def aclose(self) -> None:
+        """Send nothing any more; what is on its way is cut off, and sent again by the next runtime."""
+        self._is_closed = True
+        if self._armed is not None:
+            self._armed[1].cancel()
+        sending = tuple(self._under_way.values())
+        for task in sending:
+            task.cancel()
+        if sending:
+            await asyncio.wait(sending, timeout=_AGAIN_SECONDS)
+
+    # ---- what is due ------------------------------------------------------------------------------
+
+    async def _send_due(self) -> None:
+        now = self._clock.now()
+        await self._seal_digests(now)
+        if (at := await self._store.next_update_due(after=now)) is not None:
+            self._arm(at)
+        limit = self._limits.deliveries
+        while len(self._under_way) < self._limits.deliveries and not self._is_closed:
+            self._came_meanwhile.clear()
+            page = await self._store.list_updates_due(until=now, limit=limit)
+            for update in page:
+                if len(self._under_way) < self._limits.deliveries and not self._is_closed:
+                    self._set_out(update)
+            if len(page) < limit:
+                return
+            # All of these may be of flows that are being told something right now.
+            limit *= 4
+
+    def _arm(self, at: int) -> None:
+        if self._armed is not None:
+            if self._armed[0] <= at:
+                return
+            self._armed[1].cancel()
+        delay = min(max(0, at - self._clock.now()) / 1000, _LONGEST_SECONDS)
+        self._armed = (at, self._clock.call_later(delay, self._fire))
+
+    def _fire(self) -> None:
+        self._armed = None
+        self._look.set()
+
+    # ---- one update -------------------------------------------------------------------------------
+
+    def _set_out(self, update: StoredUpdate) -> None:
+        if update.flow_key in self._under_way or update.flow_key in self._came_meanwhile:
+            return
+        task = asyncio.create_task(self._deliver(update), name="flowstead delivery")
+        self._under_way[update.flow_key] = task
+        task.add_done_callback(partial(self._came_back, update.flow_key))
+
+    def _came_back(self, flow_key: int, task: asyncio.Task[None]) -> None:
+        del self._under_way[flow_key]
+        self._came_meanwhile.add(flow_key)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("delivery.crashed", error=repr(error))
+            self._clock.call_later(_AGAIN_SECONDS, self._look.set)
+        elif not self._is_closed:
+            self._look.set()
+
+    async def _deliver(self, update: StoredUpdate) -> None:
+        trying = msgspec.structs.replace(update, attempt=update.attempt + 1)
+        error = await self._try(trying)
+        now = self._clock.now()
+        if error is None:
+            done = msgspec.structs.replace(
+                trying, status=UpdateStatus.DELIVERED, due_at=None, delivered_at=now, failure=None
+            )
+            await self._write([codec.update_row(done, fresh=False)])
+            self.delivered += 1
+            return None
+        failed = msgspec.structs.replace(trying, failure=_told(error))
+        if isinstance(error, Fatal) or failed.attempt >= self._retry.max_attempts:
+            return await self._give_up(failed)
+        wait = self._retry.delay_after(failed.attempt, self._ids.chance())
+        if isinstance(error, TaskSignal):
+            wait = max(wait, _asked_for(error))
+        later = msgspec.structs.replace(failed, due_at=now + round(wait * 1000))
+        log.warning("update.put_off", flow_id=update.flow_id, attempt=failed.attempt, seconds=wait)
+        await self._write([codec.update_row(later, fresh=False)])
+        return None
+
+    async def _try(self, update: StoredUpdate) -> Exception | None:
+        """Hand it to the notifier, for so long and no longer; answers what went wrong."""
+        told = codec.read_update(codec.encode(update))
+        over = asyncio.Event()
+        sending = asyncio.create_task(_handed_over(self._send, told), name="flowstead notifier")
+        sending.add_done_callback(lambda _: over.set())
+        timer = self._clock.call_later(self._limits.delivery_seconds, over.set)
+        try:
+            await over.wait()
+            if sending.done():
+                return sending.result()
+            return TimeoutError(f"not taken over within {self._limits.delivery_seconds:g} s")
+        finally:
+            # One that does not hear of it is left to itself; what it still does goes by the same key.
+            timer.cancel()
+            sending.cancel()
+
+    async def _give_up(self, update: StoredUpdate) -> None:
+        """No more attempts: the row says so, and so does the flow's history."""
+        if await self._is_replaced(update):
+            return None
+        log.error(
+            "update.delivery_failed",
+            flow_id=update.flow_id,
+            idempotency_key=update.idempotency_key,
+            attempts=update.attempt,
+        )
+        self.failed += 1
+        key = FlowKey(update.owner_key, update.flow_id)
+        note = NoteDelivery(slot=update.slot, reason=update.failure or "")
+        given_up = msgspec.structs.replace(update, status=UpdateStatus.DELIVERY_FAILED, due_at=None)
+        row = codec.update_row(given_up, fresh=False)
+        while not self._is_closed:
+            # In the transaction that puts it into the flow's history.
+            try:
+                reply = await self._post(key, note, "runtime", unit=Unit(1, (), (row,)))
+            except SnapshotUnreadable:
+                return await self._write([row])
+            except StoreError as error:
+                reason = str(error)
+            else:
+                if reply.refusal is None:
+                    return None
+                reason = reply.refusal.reason
+            log.warning("update.not_recorded", reason=reason)
+            await self._pause()
+        return None
+
+    async def _is_replaced(self, update: StoredUpdate) -> bool:
+        """Whether a newer update has taken the place of one that was on its way."""
+        if update.slot != PROGRESS:
+            return False
+        pending = await self._store.list_updates(
+            Scope(update.owner_key),
+            flow_id=update.flow_id,
+            statuses=(UpdateStatus.PENDING,),
+            after_key=0,
+            limit=_PAGE,
+        )
+        return all(other.idempotency_key != update.idempotency_key for other in pending)
+
+    async def _write(self, rows: Sequence[UpdateRow]) -> None:
+        """Write until it is written: sending it again because of our own disk would be a pity."""
+        while True:
+            try:
+                return await write_alone(self._committer, FlowWrite(None, (), (), (), rows))
+            except StoreError as error:
+                log.warning("update.not_recorded", reason=str(error))
+            await self._pause()
+
+    async def _pause(self) -> None:
+        again = asyncio.Event()
+        self._clock.call_later(_AGAIN_SECONDS, again.set)
+        await again.wait()
+
+    # ---- digests ----------------------------------------------------------------------------------
+
+    async def _seal_digests(self, now: int) -> None:
+        limit = _PAGE
+        while items := await self._store.list_digests_due(until=now, limit=limit):
+            groups = [
+                list(group)
+                for _, group in groupby(items, key=lambda item: (item.owner_key, item.bucket))
+            ]
+            is_all = len(items) < limit
+            # The last group of a full page may go on; one that fills a page is looked for in a larger one.
+            whole = groups if is_all else groups[:-1]
+            for group in whole:
+                await self._seal(group, now)
+            if is_all:
+                return
+            limit = _PAGE if whole else limit * 2
+
+    async def _seal(self, items: list[StoredUpdate], now: int) -> None:
+        first, last = items[0], items[-1]
+        slot = f"digest:{first.bucket}:{last.key}"
+        told = [
+            {"flowId": item.flow_id, "text": item.text, "data": _null(item.data)} for item in items
+        ]
+        digest = msgspec.structs.replace(
+            first,
+            key=self._store.next_key(),
+            slot=slot,
+            kind=UpdateKind.DIGEST,
+            idempotency_key=news.named_key(first.owner_key, first.flow_id, slot, 0),
+            text=compose_text(first.bucket or "", len(items)),
+            data=UNSET,
+            items=Raw(msgspec.json.encode(told)),
+            bucket=None,
+            created_at=now,
+            due_at=now,
+        )
+        sealed = [
+            codec.update_row(
+                msgspec.structs.replace(item, status=UpdateStatus.DIGESTED, due_at=None),
+                fresh=False,
+            )
+            for item in items
+        ]
+        # Once only: if nobody knows what became of it, the next look at the store tells.
+        rows = [codec.update_row(digest, fresh=True), *sealed]
+        await write_alone(self._committer, FlowWrite(None, (), (), (), rows))
+
+
+async def _handed_over(send: Send, update: Update) -> Exception | None:
+    """Answer what the notifier raised, whatever that is: it is the host's code, and must not take us along."""
+    try:
+        await send(update)
+    except Exception as error:
+        return error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return RuntimeError(f"the notifier raised {type(error).__name__}")
+    return None
+
+
+def _asked_for(signal: TaskSignal) -> float:
+    """How many seconds a notifier wants to be left alone, within reason."""
+    seconds = signal.retry_after
+    if not isinstance(seconds, (int, float)) or not isfinite(seconds):
+        return 0.0
+    return min(max(0.0, seconds), _LONGEST_WAIT)
+
+
+def _null(raw: Raw | msgspec.UnsetType) -> Raw:
+    return Raw(b"null") if raw is UNSET else raw
+
+
+def _told(error: Exception) -> str:
+    """Why it did not go, in one line, for the record."""
+    line = describe(error).message or type(error).__name__
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"

@@ -1,0 +1,510 @@
+"""The part of a controller's face that stands still: waits, timers, approvals, messages, and word to the owner.
+
+Each is a step, so each has a name that must be the same when the controller is run again. What is recorded answers
+at once. While a controller stands in one its flow is `waiting`; after `Limits.park_seconds` the controller leaves
+memory, and is run again from the top when it is woken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from flowstead import arguments
+from flowstead.decision import Ballot, Decision, Message
+from flowstead.model.approval import Rules, Verdict
+from flowstead.model.command import EndReport, Notify, TaskDraft
+from flowstead.model.flow import Flow, Json
+from flowstead.model.task import Cancelled, Succeeded, Task, TimedOut, outcome_of
+from flowstead.model.wait import OnTimeout, Wait, WaitKind, inbox_of
+from flowstead.results import raise_refusal
+from flowstead.rules import approvals, shapes, wait_keys
+from flowstead.rules.digests import DigestTime
+from flowstead.standing import Standing
+from flowstead.step import Completed, Step, result_of
+from flowstead.steps import Begun, Steps
+from flowstead.store import codec
+
+_NOTICE: Final = "notice"
+_LONGEST_NOTICE: Final = 4096
+
+
+class WaitStep(Step):
+    """A wait that is open while its controller goes on. Made by `FlowContext.open_wait` and its kin.
+
+    `token` answers it from outside, without knowing the flow: put it into a link. `digest` is what a vote must
+    name.
+    """
+
+    def __init__(self, steps: Steps, standing: Standing, name: str, begun: Begun) -> None:
+        super().__init__(steps, name, begun)
+        self._standing, wait = standing, begun.wait
+        self.token = None if wait is None else wait.token
+        approval = None if wait is None else wait.approval
+        self.digest = None if approval is None else approval.digest
+
+    async def ended(self) -> Task:
+        """The child as it ended; the flow waits for it. Cancelling only stops the waiting."""
+        if not self._is_known:
+            [begun] = await self._standing.stand([self.task_id])
+            self._end = begun.end
+        return await super().ended()
+
+
+class FlowWaits:
+    """What a controller can wait for, and whom it can tell."""
+
+    _steps: Steps
+    _standing: Standing
+    _digest_time: DigestTime
+
+    @property
+    def flow(self) -> Flow:
+        """The flow as this controller last knew it."""
+        raise NotImplementedError
+
+    # ---- signals ----------------------------------------------------------------------------------
+
+    async def wait(
+        self,
+        name: str,
+        *,
+        timeout: float | None = None,
+        on_timeout: str = "fail",
+        remind: Sequence[float] = (),
+        prompt: str | None = None,
+        schema: Any = None,
+        key: Mapping[str, Json] | None = None,
+        **fields: Json,
+    ) -> Any:
+        """Wait for an answer from outside, and return its payload.
+
+        The flow is `waiting` until `flows.signal(**fields)` names exactly these fields, or a signal is addressed to
+        this flow and `name`, or the wait's token is used. A signal that came early answers at once.
+
+        Args:
+            name: The step's name in this flow.
+            timeout: Seconds until `on_timeout` happens; no deadline unless given.
+            on_timeout: `fail` raises `ChildTimedOut`, `resume` answers None, `block` blocks the flow and waits on.
+            remind: Seconds before the deadline at which the owner is reminded.
+            prompt: What is asked, for people.
+            schema: A JSON Schema, or a type, that an answer must fit; of a type an instance is returned. A wrong
+                answer is refused with the path, and the wait stays open. Needs the extra `schema`.
+            key, fields: What a signal must name: plain JSON values.
+
+        Raises:
+            ChildTimedOut: Nobody answered in time.
+            ChildCancelled: Somebody withdrew the wait.
+            CancelPending: A cancel is requested.
+
+        Cancelling the caller leaves the wait open: the same step finds it again.
+        """
+        draft = self._signal_draft(
+            name, timeout, on_timeout, remind, prompt, schema, {**(key or {}), **fields}
+        )
+        return _answer(await self._stand_in(draft), on_timeout, schema)
+
+    async def open_wait(
+        self,
+        name: str,
+        *,
+        timeout: float | None = None,
+        on_timeout: str = "fail",
+        remind: Sequence[float] = (),
+        prompt: str | None = None,
+        schema: Any = None,
+        key: Mapping[str, Json] | None = None,
+        **fields: Json,
+    ) -> WaitStep:
+        """Open a wait and go on: to send its `token` to somebody, or to `select` over several.
+
+        Arguments as for `wait`.
+
+        Cancelling the caller after acceptance leaves the wait open.
+
+        Raises:
+            CancelPending: A cancel is requested, and the wait is new.
+        """
+        draft = self._signal_draft(
+            name, timeout, on_timeout, remind, prompt, schema, {**(key or {}), **fields}
+        )
+        return await self._open(draft)
+
+    # ---- time -------------------------------------------------------------------------------------
+
+    async def sleep(
+        self, name: str, seconds: float | None = None, *, wake_at: int | None = None
+    ) -> None:
+        """Stand still for so many seconds, or until an instant (epoch ms): durably, once, late rather than never.
+
+        Cancelling the caller leaves the timer running; the same step finds it again.
+
+        Raises:
+            CancelPending: A cancel is requested.
+        """
+        result_of(await self._stand_in(self._timer_draft(name, seconds, wake_at)))
+
+    async def start_timer(
+        self, name: str, seconds: float | None = None, *, wake_at: int | None = None
+    ) -> WaitStep:
+        """Start a timer and go on: to `select` over it. Cancelling the caller leaves it running."""
+        return await self._open(self._timer_draft(name, seconds, wake_at))
+
+    # ---- several ----------------------------------------------------------------------------------
+
+    async def select(self, *steps: Step) -> Step:
+        """Wait until the first of these steps ends, however it ends; withdraw the others, and return it.
+
+        Steps are signals (`open_wait`), timers (`start_timer`), approvals (`ask_approval`) and children (`start`).
+        A controller that is run again is given the same one. `await step.outcome()` or `step.result()` of it says
+        how it ended.
+
+        Cancelling only stops the waiting; as long as it waits, nothing is withdrawn.
+
+        Raises:
+            ValueError: There is nothing to select from.
+            CancelPending: A cancel is requested.
+        """
+        among = list(dict.fromkeys(steps))
+        if not among:
+            raise ValueError("select needs at least one step.")
+        await self._standing.stand([step.task_id for step in among])
+        winner = await anext(Completed(among))
+        for loser in reversed(among):
+            if loser != winner:
+                await loser.cancel()
+        return winner
+
+    # ---- approvals --------------------------------------------------------------------------------
+
+    async def approve(
+        self,
+        prompt: str,
+        items: Json = None,
+        *,
+        name: str | None = None,
+        roles: Sequence[str] | Mapping[str, int] = (),
+        approvers: Sequence[str] = (),
+        quorum: int = 1,
+        veto: bool | Sequence[str] = True,
+        requested_by: str | None = None,
+        four_eyes: bool = False,
+        expires: float | None = None,
+        remind: Sequence[float] = (),
+        schema: Any = None,
+    ) -> Decision:
+        """Ask people to decide about exactly these items, and return what they decided. A refusal is a value.
+
+        The votes (`flows.vote`) are bound to a hash of what was shown, to this flow as it is now, and to this step.
+        What was approved is used by passing the decision on: `flow.run(pay, decision.items, approval=decision)`.
+
+        Args:
+            prompt: The question, for people.
+            items: What is decided about, as JSON: best the very input of the step that will do it.
+            name: The step's name in this flow; `approval` unless given.
+            roles: Who may vote; as a mapping, how many approvals of each role are needed.
+            approvers: The closed list of those who may vote, where there is one.
+            quorum: How many must approve.
+            veto: Whose rejection ends it: everybody's, nobody's, or that of these roles.
+            requested_by: Who wants it done; may not vote where `four_eyes`.
+            four_eyes: Nobody approves what he has asked for himself.
+            expires: Seconds until the question, and an approval that was not used, are void.
+            remind: Seconds before that at which the owner is reminded.
+            schema: What edited items must fit, as for `wait`.
+
+        Raises:
+            ValueError: Rules that can never be met.
+            CancelPending: A cancel is requested.
+
+        Cancelling the caller leaves the question open: the same step finds it again.
+        """
+        draft = self._approval_draft(
+            prompt, items, name, roles, approvers, quorum, veto, requested_by, four_eyes,
+            expires, remind, schema,
+        )  # fmt: skip
+        return _decision(await self._stand_in(draft), draft)
+
+    async def ask_approval(
+        self,
+        prompt: str,
+        items: Json = None,
+        *,
+        name: str | None = None,
+        roles: Sequence[str] | Mapping[str, int] = (),
+        approvers: Sequence[str] = (),
+        quorum: int = 1,
+        veto: bool | Sequence[str] = True,
+        requested_by: str | None = None,
+        four_eyes: bool = False,
+        expires: float | None = None,
+        remind: Sequence[float] = (),
+        schema: Any = None,
+    ) -> WaitStep:
+        """Ask for an approval and go on: to send its `token` and `digest` to the voters.
+
+        Arguments as for `approve`, which, called with the same, answers what they decided.
+
+        Cancelling the caller after acceptance leaves the question open.
+        """
+        draft = self._approval_draft(
+            prompt, items, name, roles, approvers, quorum, veto, requested_by, four_eyes,
+            expires, remind, schema,
+        )  # fmt: skip
+        return await self._open(draft)
+
+    # ---- messages ---------------------------------------------------------------------------------
+
+    async def receive(
+        self,
+        inbox: str = "inbox",
+        *,
+        name: str | None = None,
+        timeout: float | None = None,
+        on_timeout: str = "fail",
+        schema: Any = None,
+    ) -> Message | None:
+        """Take the next message that was told to this flow, or asked of it: in the order in which they came.
+
+        Args:
+            inbox: Which messages; what `flows.tell` and `flows.ask` name.
+            name: The step's name; `receive:inbox` with `#2` and so on for later calls unless given.
+            timeout, on_timeout, schema: As for `wait`. A message that does not fit is refused to its sender; one
+                that came before this was asked is put aside as failed.
+
+        Returns:
+            The message; None after a time-out with `on_timeout="resume"`.
+
+        Raises:
+            ChildTimedOut, ChildCancelled, CancelPending: As for `wait`.
+
+        Cancelling the caller loses no message: the same step finds it again.
+        """
+        wait = self._wait(WaitKind.MESSAGE, timeout, on_timeout, (), None, schema, {})
+        step = self._steps.name(name, f"receive:{inbox}")
+        named = inbox_of(WaitKind.MESSAGE, arguments.text(inbox, "inbox"))
+        wait = msgspec.structs.replace(wait, inbox=named)
+        draft = self._steps.plain_draft(WaitKind.MESSAGE, step, wait=wait)
+        told = _answer(await self._stand_in(draft), on_timeout, None)
+        if told is None:
+            return None
+        body = told["body"] if schema is None else _as_shape(told["body"], schema)
+        return Message(id=told["id"], body=body, wants_reply=told["wantsReply"])
+
+    async def reply(self, message: Message, value: Json = None) -> None:
+        """Answer somebody who asked. Answering twice, or one who only told, changes nothing.
+
+        Cancelling the caller after acceptance does not take the answer back.
+        """
+        if message.id is None or not message.wants_reply:
+            return
+        result = self._steps.encode_or_raise(value, "value")
+        answered = await self._steps.ask(
+            EndReport(task_id=message.id, outcome=Succeeded(), result=result)
+        )
+        if answered.refusal is not None:
+            raise_refusal(answered.refusal)
+
+    # ---- telling the owner ------------------------------------------------------------------------
+
+    async def notify(
+        self, text: str, data: Json | UnsetType = UNSET, *, name: str | None = None
+    ) -> None:
+        """Tell the owner something now, through the runtime's notifier: once for each name of the step.
+
+        On record when this returns, and sent from there until it is delivered or visibly given up; a `silent` flow
+        tells nobody. Cancelling the caller after acceptance does not take it back.
+
+        Args:
+            text: One sentence or a few, for people.
+            data: JSON for programs.
+            name: The step's name; `notify` with `#2` and so on for later calls unless given.
+        """
+        await self._notify(text, data, self._steps.name(name, "notify"), None)
+
+    async def later(
+        self,
+        text: str,
+        data: Json | UnsetType = UNSET,
+        *,
+        bucket: str = "digest",
+        name: str | None = None,
+    ) -> None:
+        """Put something by for the owner's next digest: what was put by for one owner and bucket goes out as one
+        message, at the digest time of the runtime. Cancelling the caller after acceptance does not take it back.
+
+        Args:
+            text, data: As for `notify`.
+            bucket: Which digest.
+            name: The step's name; `later` with `#2` and so on for later calls unless given.
+        """
+        await self._notify(
+            text, data, self._steps.name(name, "later"), arguments.text(bucket, "bucket")
+        )
+
+    async def _notify(
+        self, text: str, data: Json | UnsetType, step: str, bucket: str | None
+    ) -> None:
+        told = arguments.text(text, "text", longest=_LONGEST_NOTICE)
+        now = self._steps.engine.clock.now()
+        command = Notify(
+            draft=self._steps.plain_draft(_NOTICE, step),
+            text=told,
+            data=UNSET if data is UNSET else self._steps.encode_or_raise(data, "data"),
+            bucket=bucket,
+            due_at=None if bucket is None else self._digest_time.next_after(now),
+        )
+        reply = await self._steps.ask(command)
+        if reply.refusal is not None:
+            raise_refusal(reply.refusal, None if reply.doc is None else codec.read_flow(reply.doc))
+
+    # ---- making and taking steps ------------------------------------------------------------------
+
+    async def _stand_in(self, draft: TaskDraft) -> Task:
+        """Wait for one step that runs nothing."""
+        assert draft.run_id is not None
+        [begun] = await self._standing.stand([draft.run_id], [draft])
+        return await Step(self._steps, draft.run_id, begun).ended()
+
+    async def _open(self, draft: TaskDraft) -> WaitStep:
+        assert draft.run_id is not None
+        [begun] = await self._steps.begin([draft])
+        return WaitStep(self._steps, self._standing, draft.run_id, begun)
+
+    def _signal_draft(
+        self,
+        name: str,
+        timeout: float | None,
+        on_timeout: str,
+        remind: Sequence[float],
+        prompt: str | None,
+        schema: Any,
+        fields: dict[str, Json],
+    ) -> TaskDraft:
+        step = arguments.text(name, "name")
+        wait = self._wait(WaitKind.SIGNAL, timeout, on_timeout, remind, prompt, schema, fields)
+        wait = msgspec.structs.replace(wait, inbox=inbox_of(WaitKind.SIGNAL, step))
+        return self._steps.plain_draft(WaitKind.SIGNAL, step, wait=wait)
+
+    def _timer_draft(self, name: str, seconds: float | None, wake_at: int | None) -> TaskDraft:
+        if (seconds is None) == (wake_at is None):
+            raise ValueError("give either seconds or wake_at.")
+        at = arguments.instant(wake_at, "wake_at")
+        if at is None:
+            wait = arguments.duration(seconds, "seconds")
+            at = self._steps.engine.clock.now() + round(wait * 1000)
+        step = arguments.text(name, "name")
+        timer = Wait(kind=WaitKind.TIMER, deadline_at=at)
+        return self._steps.plain_draft(WaitKind.TIMER, step, wait=timer)
+
+    def _wait(
+        self,
+        kind: WaitKind,
+        timeout: float | None,
+        on_timeout: str,
+        remind: Sequence[float],
+        prompt: str | None,
+        schema: Any,
+        fields: Mapping[str, Json],
+    ) -> Wait:
+        engine = self._steps.engine
+        seconds = arguments.seconds(timeout, "timeout")
+        now = engine.clock.now()
+        deadline = None if seconds is None else now + round(seconds * 1000)
+        key = arguments.wait_fields(fields)
+        return Wait(
+            kind=kind,
+            key=UNSET if key is None else self._steps.encode_or_raise(key, "key"),
+            wait_key=None if key is None else wait_keys.wait_key(self._steps.key.owner_key, key),
+            token=engine.ids.token(),
+            prompt=arguments.optional_text(prompt, "prompt"),
+            schema=UNSET
+            if schema is None
+            else self._steps.encode_or_raise(shapes.schema_of(schema), "schema"),
+            deadline_at=deadline,
+            on_timeout=arguments.choice(on_timeout, OnTimeout, "on_timeout"),
+            remind_at=arguments.reminders(remind, deadline, now),
+        )
+
+    def _approval_draft(
+        self,
+        prompt: str,
+        items: Json,
+        name: str | None,
+        roles: Sequence[str] | Mapping[str, int],
+        approvers: Sequence[str],
+        quorum: int,
+        veto: bool | Sequence[str],
+        requested_by: str | None,
+        four_eyes: bool,
+        expires: float | None,
+        remind: Sequence[float],
+        schema: Any,
+    ) -> TaskDraft:
+        step = self._steps.name(name, "approval")
+        wait = self._wait(WaitKind.APPROVAL, expires, "fail", remind, prompt, schema, {})
+        rules = Rules(
+            quorum=arguments.count(quorum, "quorum"),
+            roles=arguments.names(roles, "roles"),
+            role_quorum=dict(roles) if isinstance(roles, Mapping) else {},
+            approvers=arguments.names(approvers, "approvers"),
+            veto=_veto(veto),
+            requested_by=arguments.optional_text(requested_by, "requested_by"),
+            four_eyes=four_eyes,
+        )
+        approval = approvals.open_approval(
+            self._steps.encode_or_raise(items, "items"),
+            rules,
+            prompt=arguments.text(prompt, "prompt"),
+            flow_id=self._steps.key.flow_id,
+            step=step,
+            revision=self.flow.revision,
+        )
+        wait = msgspec.structs.replace(
+            wait, inbox=inbox_of(WaitKind.APPROVAL, step), approval=approval
+        )
+        return self._steps.plain_draft(WaitKind.APPROVAL, step, wait=wait)
+
+
+def _veto(veto: bool | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(veto, bool):
+        return (approvals.EVERYBODY,) if veto else ()
+    return arguments.names(veto, "veto")
+
+
+def _answer(task: Task, on_timeout: str, schema: Any) -> Any:
+    if isinstance(outcome_of(task), TimedOut) and on_timeout == OnTimeout.RESUME:
+        return None
+    return _as_shape(result_of(task), schema)
+
+
+def _as_shape(value: Json, schema: Any) -> Any:
+    """The answer as an instance of the type that was asked for."""
+    if schema is None or isinstance(schema, Mapping):
+        return value
+    return msgspec.convert(value, schema)
+
+
+def _decision(task: Task, draft: TaskDraft) -> Decision:
+    """What is on record, if it is about what is asked now."""
+    name = task.run_id or task.task_id
+    outcome = outcome_of(task)
+    if isinstance(outcome, Cancelled):
+        return Decision(name=name, verdict=Verdict.WITHDRAWN, reason="The question was withdrawn.")
+    told = result_of(task)
+    assert draft.wait is not None and draft.wait.approval is not None
+    verdict = Verdict(told["verdict"])
+    reason = ""
+    if told["asked"] != draft.wait.approval.digest:
+        verdict = Verdict.STALE
+        reason = "What is asked now is not what was decided on."
+    return Decision(
+        name=name,
+        verdict=verdict,
+        items=told["items"],
+        digest=told["digest"],
+        votes=msgspec.convert(told["votes"], type=list[Ballot]),
+        reason=reason,
+    )

@@ -1,0 +1,33 @@
+"""The port: what a notifier promises about one update.
+
+returns             the channel has it, and it is not sent again
+raises Fatal        it will never be delivered this way; nobody tries again
+raises Transient    it may work later, after `retry_after` seconds at least if that is given
+raises any other    it may work later
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from flowstead.model.update import Update
+
+
+class Notifier(Protocol):
+    """Takes updates to one channel. One notifier sends many at once, all on one event loop."""
+
+    async def send(self, update: Update) -> None:
+        """Give the update to the channel; return once the channel has it.
+
+        It may be called again with the same `idempotency_key`: after an error, after a cancellation, and after a
+        crash between this return and its record. So a channel that must not tell twice has to remember the key.
+
+        Cancelling gives the attempt up, promptly. Whether the channel has the update is then unknown; it is sent
+        again.
+
+        Raises:
+            Fatal: Never try this update again.
+            Transient: Try again, after `retry_after` seconds at least.
+            Exception: Anything else means: try again later.
+        """
+        ...

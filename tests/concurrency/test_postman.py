@@ -1,0 +1,716 @@
+"""The postman: what is due goes out, once if the channel is well, and again and again, to a limit, if it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from flowstead import (
+    Fatal,
+    FlowContext,
+    Limits,
+    Registry,
+    Retry,
+    Runtime,
+    SessionFlows,
+    StoreError,
+    Transient,
+    Update,
+)
+from flowstead.store.codec import FlowWrite
+from flowstead.testing import ManualClock, RecordingNotifier
+from tests.faulty_store import (
+    NOT_WRITTEN,
+    UNKNOWN,
+    FaultyStore,
+    flows_of,
+    new_flow,
+    running,
+    settle,
+    soon,
+)
+
+ALWAYS = Retry(max_attempts=100, initial=1.0, factor=1.0, jitter=0.0)
+"""One attempt a second."""
+DAY_MS = 24 * 3600 * 1000
+
+
+class Slow:
+    """A channel that answers each send when it is told to, by its place among those that wait."""
+
+    def __init__(self) -> None:
+        self.began: list[Update] = []
+        self.given_up: list[Update] = []
+        self._open: deque[asyncio.Future[None]] = deque()
+
+    async def send(self, update: Update) -> None:
+        self.began.append(update)
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._open.append(answer)
+        try:
+            await answer
+        except asyncio.CancelledError:
+            self._open.remove(answer)
+            self.given_up.append(update)
+            raise
+
+    @property
+    def waiting(self) -> int:
+        return len(self._open)
+
+    async def answer(self, *, place: int = 0, error: BaseException | None = None) -> None:
+        answer = self._open[place]
+        del self._open[place]
+        if error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(error)
+        await settle()
+
+
+class ByGoal:
+    """A channel that sends each flow's updates another way, by the flow's goal."""
+
+    def __init__(self, **ways: Any) -> None:
+        self._ways = ways
+
+    async def send(self, update: Update) -> None:
+        await self._ways[update.goal].send(update)
+
+
+async def end_a_flow(flows: SessionFlows, goal: str = "test", **given: Any) -> str:
+    """A flow that has something to tell of: its end."""
+    flow = await soon(flows.create_managed(controller_id="nobody", goal=goal, **given))
+    assert (await soon(flows.finish(flow_id=flow.flow_id, expected_revision=0))).applied
+    await settle()
+    return flow.flow_id
+
+
+async def move(flows: SessionFlows, flow_id: str, step: str) -> None:
+    """Change the step of a flow, which those hear of who want to know of changes."""
+    flow = await soon(flows.get(flow_id))
+    assert flow is not None
+    changed = flows.update(flow_id=flow_id, expected_revision=flow.revision, current_step=step)
+    assert (await soon(changed)).applied
+    await settle()
+
+
+async def finish(flows: SessionFlows, flow_id: str) -> None:
+    flow = await soon(flows.get(flow_id))
+    assert flow is not None
+    assert (await soon(flows.finish(flow_id=flow_id, expected_revision=flow.revision))).applied
+    await settle()
+
+
+async def pass_time(clock: ManualClock, seconds: float, *, step: float = 1.0) -> None:
+    """Let time pass in steps, and let happen what comes of each."""
+    for _ in range(round(seconds / step)):
+        clock.advance(step)
+        await settle()
+
+
+async def the_update(flows: SessionFlows) -> Update:
+    [update] = await soon(flows.list_updates())
+    return update
+
+
+def told(updates: Sequence[Update]) -> list[str]:
+    return [update.text for update in updates]
+
+
+def says(*texts: str) -> Registry:
+    """A controller that says so much, one after another, and is done."""
+    registry = Registry()
+
+    @registry.controller("says")
+    async def controller(flow: FlowContext) -> None:
+        for text in texts:
+            await flow.notify(text)
+
+    return registry
+
+
+# ---- again ----------------------------------------------------------------------------------------
+
+
+async def test_what_fails_is_tried_again_at_growing_intervals_under_one_key_until_it_is_given_up(
+    clock: ManualClock,
+):
+    channel = RecordingNotifier()
+    channel.go_down()
+    policy = Retry(max_attempts=5, initial=2.0, factor=3.0, max_delay=10.0, jitter=0.0)
+    async with running(clock=clock, notifier=channel, deliveries=policy) as runtime:
+        flows = flows_of(runtime)
+        await end_a_flow(flows)
+        first = await the_update(flows)
+
+        for attempt, wait in enumerate((2.0, 6.0, 10.0, 10.0), start=1):
+            update = await the_update(flows)
+            assert (update.status, update.attempt) == ("pending", attempt)
+            assert update.due_at == clock.now() + round(wait * 1000)
+            assert update.failure == "ConnectionError: The channel is down."
+            clock.advance(wait - 0.001)
+            await settle()
+            assert channel.attempts == attempt
+            clock.advance(0.001)
+            await settle()
+            assert channel.attempts == attempt + 1
+        given_up = await the_update(flows)
+        await pass_time(clock, 7200, step=600)
+
+        assert (given_up.status, given_up.attempt, given_up.due_at) == ("delivery_failed", 5, None)
+        assert given_up.idempotency_key == first.idempotency_key
+        assert channel.attempts == 5
+        assert runtime.statistics().deliveries_failed == 1
+        assert runtime.statistics().delivered == 0
+
+
+async def test_every_attempt_carries_the_same_key_and_its_own_number(clock: ManualClock):
+    channel = Slow()
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await end_a_flow(flows_of(runtime))
+        for _ in range(3):
+            await channel.answer(error=ConnectionError("down"))
+            await pass_time(clock, 1)
+        await channel.answer()
+
+        assert [update.attempt for update in channel.began] == [1, 2, 3, 4]
+        assert len({update.idempotency_key for update in channel.began}) == 1
+        delivered = await the_update(flows_of(runtime))
+        assert (delivered.status, delivered.attempt) == ("delivered", 4)
+        assert (delivered.delivered_at, delivered.due_at) == (clock.now(), None)
+        assert delivered.failure is None
+        assert runtime.statistics().delivered == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "waits"),
+    [(45.0, 45.0), (0.5, 4.0), (None, 4.0), (0.0, 4.0)],
+)
+async def test_a_channel_that_names_a_time_is_left_alone_until_then_and_no_shorter_than_usual(
+    clock: ManualClock, asked: float | None, waits: float
+):
+    channel = RecordingNotifier()
+    channel.fail_next(error=Transient("busy", retry_after=asked))
+    policy = Retry(max_attempts=3, initial=4.0, jitter=0.0)
+    async with running(clock=clock, notifier=channel, deliveries=policy) as runtime:
+        await end_a_flow(flows_of(runtime))
+
+        update = await the_update(flows_of(runtime))
+        assert update.due_at == clock.now() + round(waits * 1000)
+        await pass_time(clock, waits)
+        assert told(channel.updates) == ["test is done."]
+
+
+@pytest.mark.parametrize("asked", [-5.0, float("nan"), float("inf"), -float("inf"), 1e300, 1e10])
+async def test_a_time_that_makes_no_sense_is_kept_within_a_day(clock: ManualClock, asked: float):
+    channel = RecordingNotifier()
+    channel.fail_next(error=Transient("busy", retry_after=asked))
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await end_a_flow(flows_of(runtime))
+
+        update = await the_update(flows_of(runtime))
+        assert (update.attempt, update.status) == (1, "pending")
+        assert update.due_at is not None
+        assert clock.now() + 1000 <= update.due_at <= clock.now() + DAY_MS
+        await pass_time(clock, 24 * 3600, step=3600)
+        assert told(channel.updates) == ["test is done."]
+
+
+async def test_fatal_is_given_up_at_once(clock: ManualClock):
+    channel = RecordingNotifier()
+    channel.fail_next(error=Fatal("no such user", retry_after=5))
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await end_a_flow(flows_of(runtime))
+
+        update = await the_update(flows_of(runtime))
+        await pass_time(clock, 10)
+
+        assert (update.status, update.attempt) == ("delivery_failed", 1)
+        assert "no such user" in (update.failure or "")
+        assert channel.attempts == 1
+
+
+async def test_a_jump_of_the_clock_is_noticed_within_a_minute(clock: ManualClock):
+    channel = RecordingNotifier()
+    channel.fail_next(error=Transient("busy", retry_after=6 * 3600))
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await end_a_flow(flows_of(runtime))
+        clock.advance(0)
+
+        clock.set(clock.now() + 6 * 3600 * 1000 + 1)
+        await settle()
+        assert channel.attempts == 1
+        await pass_time(clock, 60)
+
+        assert told(channel.updates) == ["test is done."]
+
+
+# ---- notifiers that misbehave ---------------------------------------------------------------------
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError("no words")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncio.CancelledError("of its own accord"),
+        SystemExit(3),
+        StopAsyncIteration(),
+        TimeoutError(),
+        Exception(),
+        ValueError("several\nlines and " + "more " * 500),
+        GeneratorExit(),
+        BaseExceptionGroup("several", [SystemExit(1)]),
+        ValueError("nothing \x00 to print"),
+        ValueError("half a letter \ud800"),
+        Unspeakable(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_whatever_a_notifier_raises_is_an_attempt_that_failed_and_nothing_more(
+    clock: ManualClock, error: BaseException
+):
+    channel, healthy = Slow(), RecordingNotifier()
+    ways = ByGoal(odd=channel, plain=healthy)
+    async with running(clock=clock, notifier=ways, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await end_a_flow(flows, "odd")
+        assert channel.waiting == 1
+
+        await channel.answer(error=error)
+        [update] = await soon(flows.list_updates(flow_id))
+        assert (update.status, update.attempt) == ("pending", 1)
+        assert update.due_at == clock.now() + 1000
+        assert update.failure
+        assert len(update.failure) <= 200
+        assert update.failure.isprintable()
+        await end_a_flow(flows, "plain")
+        await pass_time(clock, 1)
+        await channel.answer()
+
+        assert told(healthy.updates) == ["plain is done."]
+        [update] = await soon(flows.list_updates(flow_id))
+        assert (update.status, update.attempt) == ("delivered", 2)
+
+
+@pytest.mark.parametrize("garbage", [None, False, 0, "no", object(), NotImplementedError()])
+async def test_whatever_a_notifier_returns_means_delivered(clock: ManualClock, garbage: object):
+    class Odd:
+        async def send(self, update: Update) -> Any:
+            return garbage
+
+    async with running(clock=clock, notifier=Odd(), deliveries=ALWAYS) as runtime:
+        await end_a_flow(flows_of(runtime))
+
+        assert (await the_update(flows_of(runtime))).status == "delivered"
+
+
+async def test_a_notifier_that_hangs_is_cut_off_and_asked_again(clock: ManualClock):
+    channel = Slow()
+    limits = Limits(delivery_seconds=7)
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS, limits=limits) as runtime:
+        await end_a_flow(flows_of(runtime))
+        await pass_time(clock, 6)
+        assert not channel.given_up
+
+        await pass_time(clock, 1)
+        assert len(channel.given_up) == 1
+        update = await the_update(flows_of(runtime))
+        assert (update.status, update.attempt) == ("pending", 1)
+        assert "7 s" in (update.failure or "")
+        await pass_time(clock, 1)
+        await channel.answer()
+
+        assert [each.attempt for each in channel.began] == [1, 2]
+        assert (await the_update(flows_of(runtime))).status == "delivered"
+
+
+async def test_a_notifier_that_does_not_hear_that_it_is_cut_off_keeps_nobody_waiting(
+    clock: ManualClock,
+):
+    let_go = asyncio.Event()
+
+    class Deaf:
+        async def send(self, update: Update) -> None:
+            while not let_go.is_set():
+                try:
+                    await let_go.wait()
+                except asyncio.CancelledError:
+                    continue
+
+    channel = RecordingNotifier()
+    ways, limits = ByGoal(deaf=Deaf(), plain=channel), Limits(delivery_seconds=5, deliveries=1)
+    policy = Retry(max_attempts=2, initial=1.0, jitter=0.0)
+    async with running(clock=clock, notifier=ways, deliveries=policy, limits=limits) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await end_a_flow(flows, "deaf")
+        await end_a_flow(flows, "plain")
+        assert not channel.updates
+
+        await pass_time(clock, 12)
+        [update] = await soon(flows.list_updates(flow_id))
+        let_go.set()
+        await settle()
+
+        assert told(channel.updates) == ["plain is done."]
+        assert (update.status, update.attempt) == ("delivery_failed", 2)
+
+
+# ---- several at once ------------------------------------------------------------------------------
+
+
+async def test_no_more_are_on_their_way_at_once_than_the_limit_allows(clock: ManualClock):
+    channel = Slow()
+    async with running(clock=clock, notifier=channel, limits=Limits(deliveries=3)) as runtime:
+        flows = flows_of(runtime)
+        for _ in range(8):
+            await end_a_flow(flows)
+
+        most, seen = 0, 0
+        while channel.waiting:
+            most, seen = max(most, channel.waiting), seen + 1
+            await channel.answer(place=seen % channel.waiting)
+
+        assert (most, seen) == (3, 8)
+        assert len({update.flow_id for update in channel.began}) == 8
+        assert {u.status for u in await soon(flows.list_updates())} == {"delivered"}
+
+
+async def test_a_slow_one_holds_up_no_other_flow(clock: ManualClock):
+    slow, channel = Slow(), RecordingNotifier()
+    async with running(clock=clock, notifier=ByGoal(slow=slow, plain=channel)) as runtime:
+        flows = flows_of(runtime)
+        await end_a_flow(flows, "slow")
+
+        for _ in range(40):
+            await end_a_flow(flows, "plain")
+
+        assert slow.waiting == 1
+        assert len(channel.updates) == 40
+        await slow.answer()
+        assert runtime.statistics().delivered == 41
+
+
+async def test_a_slow_one_holds_up_no_other_flow_s_next_attempt(clock: ManualClock):
+    slow, channel = Slow(), RecordingNotifier()
+    ways = ByGoal(slow=slow, plain=channel)
+    async with running(clock=clock, notifier=ways, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        await end_a_flow(flows, "slow")
+        channel.fail_next()
+        await end_a_flow(flows, "plain")
+        assert (slow.waiting, channel.attempts) == (1, 1)
+
+        await pass_time(clock, 5)
+
+        assert slow.waiting == 1
+        assert told(channel.updates) == ["plain is done."]
+
+
+async def test_a_flow_with_much_to_tell_over_a_slow_channel_holds_up_no_other_flow(
+    clock: ManualClock,
+):
+    slow, channel = Slow(), RecordingNotifier()
+    registry = says(*(f"number {n}" for n in range(300)))
+    ways = ByGoal(test=slow, plain=channel)
+    async with running(clock=clock, notifier=ways, registry=registry) as runtime:
+        flows = flows_of(runtime)
+        await new_flow(flows, "says")
+        await settle()
+        assert slow.waiting == 1
+        clock.advance(0.001)
+
+        await end_a_flow(flows, "plain")
+
+        assert told(channel.updates) == ["plain is done."]
+
+
+async def test_of_one_flow_one_is_on_its_way_at_a_time_and_the_oldest_is_first(clock: ManualClock):
+    channel = Slow()
+    async with running(clock=clock, notifier=channel, registry=says("a", "b", "c")) as runtime:
+        await new_flow(flows_of(runtime), "says")
+        await settle()
+
+        for _ in range(4):
+            assert channel.waiting == 1
+            await channel.answer()
+
+        assert told(channel.began) == ["a", "b", "c", "test is done."]
+        assert channel.waiting == 0
+
+
+@pytest.mark.xfail(strict=True, reason="one that is put off is overtaken by those after it")
+async def test_the_end_of_a_flow_does_not_overtake_what_is_tried_again(clock: ManualClock):
+    channel = RecordingNotifier()
+    channel.fail_next()
+    async with running(
+        clock=clock, notifier=channel, registry=says("a", "b"), deliveries=ALWAYS
+    ) as runtime:
+        await new_flow(flows_of(runtime), "says")
+        await settle()
+        await pass_time(clock, 5)
+
+        assert told(channel.updates) == ["a", "b", "test is done."]
+
+
+# ---- progress -------------------------------------------------------------------------------------
+
+
+async def test_ten_changes_while_the_channel_is_down_are_one_message_with_the_newest(
+    clock: ManualClock,
+):
+    channel = RecordingNotifier()
+    channel.go_down()
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, notify_policy="state_changes")
+        for number in range(10):
+            await move(flows, flow_id, f"step {number}")
+        channel.come_up()
+        await pass_time(clock, 3)
+
+        assert told(channel.updates) == ["test is running, at step 9."]
+        [update] = await soon(flows.list_updates(flow_id))
+        assert (update.status, update.current_step, update.revision) == ("delivered", "step 9", 10)
+
+
+async def test_progress_that_has_not_gone_out_is_superseded_by_the_end(clock: ManualClock):
+    channel = RecordingNotifier()
+    channel.go_down()
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, notify_policy="state_changes")
+        await move(flows, flow_id, "half way")
+        await finish(flows, flow_id)
+        channel.come_up()
+        await pass_time(clock, 10)
+
+        assert told(channel.updates) == ["test is done."]
+        progress, done = await soon(flows.list_updates(flow_id))
+        assert (progress.kind, progress.status, progress.due_at) == ("progress", "superseded", None)
+        assert (done.kind, done.status) == ("done", "delivered")
+
+
+@pytest.mark.parametrize("error", [None, ConnectionError("down"), Fatal("no")], ids=str)
+async def test_progress_replaced_while_it_is_on_its_way_goes_out_again_with_the_newest(
+    clock: ManualClock, error: Exception | None
+):
+    channel = Slow()
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, notify_policy="state_changes")
+        await move(flows, flow_id, "old")
+        await move(flows, flow_id, "newer")
+        await move(flows, flow_id, "newest")
+        assert channel.waiting == 1
+
+        await channel.answer(error=error)
+        assert channel.waiting == 1
+        await channel.answer()
+        await pass_time(clock, 3)
+
+        assert [update.current_step for update in channel.began] == ["old", "newest"]
+        assert [update.attempt for update in channel.began] == [1, 1]
+        assert len({update.idempotency_key for update in channel.began}) == 2
+        [update] = await soon(flows.list_updates(flow_id))
+        assert (update.status, update.current_step) == ("delivered", "newest")
+
+
+@pytest.mark.parametrize("error", [None, ConnectionError("down"), Fatal("no")], ids=str)
+async def test_progress_on_its_way_when_the_flow_ends_never_goes_out_after_the_end(
+    clock: ManualClock, error: Exception | None
+):
+    channel = Slow()
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, notify_policy="state_changes")
+        await move(flows, flow_id, "half way")
+        await finish(flows, flow_id)
+        assert channel.waiting == 1
+
+        await channel.answer(error=error)
+        assert channel.waiting == 1
+        await channel.answer()
+        await pass_time(clock, 5)
+
+        assert [update.kind for update in channel.began] == ["progress", "done"]
+        progress, done = await soon(flows.list_updates(flow_id))
+        assert (progress.status, done.status) == ("superseded", "delivered")
+
+
+async def test_progress_that_is_given_up_after_a_newer_one_took_its_place_is_not_a_failure(
+    clock: ManualClock,
+):
+    channel = Slow()
+    async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, notify_policy="state_changes")
+        await move(flows, flow_id, "old")
+        await move(flows, flow_id, "new")
+
+        await channel.answer(error=Fatal("no"))
+        await channel.answer()
+
+        assert [u.status for u in await soon(flows.list_updates(flow_id))] == ["delivered"]
+        assert runtime.statistics().deliveries_failed == 0
+        kinds = [str(event.type) for event in await soon(flows.history(flow_id))]
+        assert "update.failed" not in kinds
+
+
+# ---- our own disk ---------------------------------------------------------------------------------
+
+
+class Refuses(FaultyStore):
+    """A store that fails commits by what is in them."""
+
+    refuses: Callable[[FlowWrite], bool] | None = None
+    refused = 0
+
+    async def commit(self, writes: Sequence[FlowWrite]) -> int:
+        if self.refuses is not None and any(map(self.refuses, writes)):
+            self.refused += 1
+            raise NOT_WRITTEN
+        return await super().commit(writes)
+
+
+def records_a_delivery(write: FlowWrite) -> bool:
+    return any(not row.fresh for row in write.updates)
+
+
+@pytest.mark.parametrize("fault", [NOT_WRITTEN, UNKNOWN], ids=["not written", "unknown"])
+@pytest.mark.parametrize("written", [False, True])
+async def test_a_delivery_that_could_not_be_recorded_is_recorded_later_and_not_sent_again(
+    clock: ManualClock, fault: StoreError, written: bool
+):
+    store, channel = FaultyStore(), Slow()
+    async with running(store, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await end_a_flow(flows_of(runtime))
+        store.fail_commits(fault, times=3, written=written)
+
+        await channel.answer()
+        await pass_time(clock, 10)
+
+        assert len(channel.began) == 1
+        assert (await the_update(flows_of(runtime))).status == "delivered"
+        assert runtime.statistics().delivered == 1
+        assert not store._commit_faults, "vacuous: nothing failed"
+
+
+async def test_a_delivery_that_could_not_be_recorded_before_the_end_is_sent_again_under_its_key(
+    clock: ManualClock,
+):
+    store, first, second = Refuses(), RecordingNotifier(), RecordingNotifier()
+    store.refuses = records_a_delivery
+    async with running(store, clock=clock, notifier=first, deliveries=ALWAYS) as runtime:
+        await end_a_flow(flows_of(runtime))
+        await pass_time(clock, 3)
+        assert store.refused >= 3
+    store.refuses = None
+    async with running(store, clock=clock, notifier=second, deliveries=ALWAYS) as runtime:
+        await settle()
+
+        assert first.attempts == second.attempts == 1
+        assert first.updates == second.updates
+        assert (await the_update(flows_of(runtime))).status == "delivered"
+
+
+@pytest.mark.parametrize("verb", ["list_updates_due", "list_digests_due", "next_update_due"])
+async def test_a_store_that_cannot_say_what_is_due_is_asked_again(clock: ManualClock, verb: str):
+    store, channel = FaultyStore(), RecordingNotifier()
+    async with running(store, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await settle()
+        channel.fail_next()
+        store.fail_reads(verb, NOT_WRITTEN, times=2)
+        await end_a_flow(flows_of(runtime))
+        await pass_time(clock, 5)
+
+        assert told(channel.updates) == ["test is done."]
+        assert not store._read_faults[verb], "vacuous: nothing failed"
+
+
+async def test_the_history_tells_of_what_was_given_up_though_the_disk_failed_at_that_moment(
+    clock: ManualClock,
+):
+    store, channel = Refuses(), RecordingNotifier()
+    channel.fail_next(error=Fatal("no"))
+    store.refuses = lambda write: any('"update.failed"' in row.doc for row in write.events)
+    async with running(store, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flow_id = await end_a_flow(flows_of(runtime))
+        assert store.refused
+        store.refuses = None
+        await pass_time(clock, 5)
+
+        assert (await the_update(flows_of(runtime))).status == "delivery_failed"
+        kinds = [str(event.type) for event in await soon(flows_of(runtime).history(flow_id))]
+        assert kinds.count("update.failed") == 1
+
+
+# ---- closing --------------------------------------------------------------------------------------
+
+
+async def close_while_sending(runtime: Runtime) -> None:
+    await end_a_flow(flows_of(runtime))
+    await soon(runtime.aclose())
+
+
+async def test_closing_cuts_off_what_is_on_its_way_and_the_next_process_sends_it_again(
+    clock: ManualClock,
+):
+    store, channel, later = FaultyStore(), Slow(), RecordingNotifier()
+    async with running(store, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await close_while_sending(runtime)
+    assert len(channel.given_up) == 1
+
+    async with running(store, clock=clock, notifier=later, deliveries=ALWAYS) as runtime:
+        await settle()
+
+        # An attempt that we cut off ourselves is none.
+        assert [update.attempt for update in later.updates] == [1]
+        assert later.updates == channel.began
+        assert (await the_update(flows_of(runtime))).status == "delivered"
+
+
+async def test_an_answer_that_comes_while_closing_leaves_nobody_waiting(clock: ManualClock):
+    store, channel = FaultyStore(), Slow()
+    async with running(store, clock=clock, notifier=channel) as runtime:
+        await end_a_flow(flows_of(runtime))
+        store.hold()
+        await channel.answer()
+        await soon(store.wait_held())
+
+        closing = asyncio.create_task(runtime.aclose())
+        await settle()
+        store.release()
+        await soon(closing)
+
+    async with running(store, clock=clock) as runtime:
+        assert (await the_update(flows_of(runtime))).status == "delivered"
+
+
+async def test_nothing_is_sent_any_more_once_closing_has_begun(clock: ManualClock):
+    store, channel, later = FaultyStore(), Slow(), RecordingNotifier()
+    async with running(store, clock=clock, notifier=channel) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows)
+        store.hold()
+        finishing = asyncio.create_task(flows.finish(flow_id=flow_id, expected_revision=0))
+        await soon(store.wait_held())
+
+        closing = asyncio.create_task(runtime.aclose())
+        await settle()
+        store.release()
+        await soon(closing)
+
+        assert (await finishing).applied
+        assert not channel.began
+    async with running(store, clock=clock, notifier=later):
+        await settle()
+        assert told(later.updates) == ["test is done."]
