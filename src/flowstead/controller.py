@@ -158,6 +158,8 @@ class FlowContext(FlowWaits):
             retry=retry,
             idempotent=idempotent,
         )
+        if approval is not None and fallback:
+            raise ValueError("approval is for one step; a fallback would be another one.")
         definitions = [self._steps.define(function, policy)]
         definitions += [self._steps.define(other) for other in fallback]
         step = self._steps.name(name, definitions[0].name)

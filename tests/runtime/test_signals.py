@@ -167,7 +167,7 @@ async def _two(lives: Lives, *payloads: Any) -> None:
     await asyncio.gather(*(lives.flows.signal(payload=one, key=KEY) for one in payloads))
 
 
-INTERLEAVINGS = 60
+INTERLEAVINGS = 30
 
 
 def test_a_signal_and_the_wait_it_is_for_never_miss_each_other_whichever_comes_first() -> None:
@@ -177,7 +177,7 @@ def test_a_signal_and_the_wait_it_is_for_never_miss_each_other_whichever_comes_f
             codes_seen[world.run(_at_the_same_time, registry=registry_of)] += 1
 
     assert codes_seen.keys() == {"matched", "kept"}, "vacuous: the two never met both ways"
-    assert min(codes_seen.values()) > 3
+    assert min(codes_seen.values()) > 1
 
 
 async def _at_the_same_time(runtime: Runtime) -> str:

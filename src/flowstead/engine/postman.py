@@ -116,8 +116,6 @@ class Postman:
     async def _send_due(self) -> None:
         now = self._clock.now()
         await self._seal_digests(now)
-        if (at := await self._store.next_update_due(after=now)) is not None:
-            self._arm(at)
         limit = self._limits.deliveries
         while len(self._under_way) < self._limits.deliveries and not self._is_closed:
             self._came_meanwhile.clear()
@@ -126,9 +124,13 @@ class Postman:
                 if len(self._under_way) < self._limits.deliveries and not self._is_closed:
                     self._set_out(update)
             if len(page) < limit:
-                return
+                break
             # All of these may be of flows that are being told something right now.
             limit *= 4
+        if len(self._under_way) >= self._limits.deliveries:
+            return  # whoever comes back looks again
+        if (at := await self._store.next_update_due(after=now)) is not None:
+            self._arm(at)
 
     def _arm(self, at: int) -> None:
         if self._armed is not None:
