@@ -12,13 +12,16 @@ from bench import machine
 from bench.measure import Row, Setup, Stopwatch
 from bench.table import print_table
 from bench.workloads import (
+    asleep,
     children,
     crowd,
     lifecycles,
     mutations,
+    outbox,
     overhead,
     parked,
     reopening,
+    signals,
     tree,
     waking,
 )
@@ -34,6 +37,9 @@ _WORKLOADS: Final[dict[str, Callable[[Setup], list[Row]]]] = {
     "w7": overhead.run,
     "w8": crowd.run,
     "w9": tree.run,
+    "w10": signals.run,
+    "w11": asleep.run,
+    "w12": outbox.run,
 }
 _DURABILITIES: Final[dict[str, tuple[Durability, ...]]] = {
     "full": ("full",),

@@ -26,7 +26,7 @@ _WAL_IDLE: Final = 16 * 1024 * 1024
 _WAL_BUSY: Final = 64 * 1024 * 1024
 _FIND: Final = "SELECT key, revision, doc FROM flows WHERE owner_key = ? AND flow_id = ?"
 
-Found: TypeAlias = tuple[int, int, bytes]
+Found: TypeAlias = tuple[Any, ...]
 Waiting: TypeAlias = tuple[Any, asyncio.Future[Any]]
 
 
@@ -83,9 +83,13 @@ class Ceiling:
 
     def find(self, owner_key: str, flow_id: str) -> asyncio.Future[Found]:
         """Queue a read of one flow's key, revision and record."""
+        return self.read(_FIND, owner_key, flow_id)
+
+    def read(self, statement: str, *values: str) -> asyncio.Future[Found]:
+        """Queue a read of one row."""
         future: asyncio.Future[Found] = self._loop.create_future()
         with self._changed:
-            self._reads.append(((owner_key, flow_id), future))
+            self._reads.append(((statement, values), future))
             self._changed.notify()
         return future
 
@@ -100,7 +104,7 @@ class Ceiling:
                 reads, self._reads = self._reads, []
                 writes, self._writes = self._writes, []
             if reads:
-                self._answer(reads, self._find)
+                self._answer(reads, self._read)
             if writes:
                 self._answer(writes, self._commit)
             elif not reads:
@@ -124,9 +128,9 @@ class Ceiling:
         write_batch(self._connection, self._epoch, writes)
         return [None] * len(writes)
 
-    def _find(self, wanted: list[tuple[str, str]]) -> list[Found]:
+    def _read(self, wanted: list[tuple[str, tuple[str, ...]]]) -> list[Found]:
         self._connection.execute("BEGIN")
-        found = [self._connection.execute(_FIND, key).fetchone() for key in wanted]
+        found = [self._connection.execute(*statement).fetchone() for statement in wanted]
         self._connection.execute("COMMIT")
         return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -111,6 +113,17 @@ def remove(path: Path) -> None:
         file.unlink()
 
 
+def copy(origin: Path, path: Path) -> None:
+    """Copy a database nobody has open, log and all, and see the copy on the disk."""
+    for suffix in ("", "-wal"):
+        original = origin.with_name(origin.name + suffix)
+        if original.exists():
+            twin = path.with_name(path.name + suffix)
+            shutil.copyfile(original, twin)
+            with twin.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 class Stopwatch:
     """Seconds since it was made."""
 
@@ -133,9 +146,14 @@ def median_rate(passes: Sequence[Pass]) -> float:
 
 def quantiles(passes: Sequence[Pass]) -> str:
     """p50 and p99 over all latencies of the passes, in milliseconds."""
-    latencies = sorted(itertools.chain.from_iterable(each.latencies for each in passes))
-    p50, p99 = (latencies[int(len(latencies) * share)] * 1000 for share in (0.5, 0.99))
+    p50, p99 = (quantile(passes, share) * 1000 for share in (0.5, 0.99))
     return f"p50 {p50:.2f} p99 {p99:.2f} ms"
+
+
+def quantile(passes: Sequence[Pass], share: float) -> float:
+    """The latency, in seconds, that so large a share of all of them stays below; with 1.0 the longest."""
+    latencies = sorted(itertools.chain.from_iterable(each.latencies for each in passes))
+    return latencies[min(int(len(latencies) * share), len(latencies) - 1)]
 
 
 _numbers = itertools.count(1)

@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from flowstead import Registry, Runtime, open_runtime
+from flowstead import Limits, Registry, Runtime, open_runtime
+from flowstead.notifiers.port import Notifier
 from flowstead.store.codec import EventRow, FlowRow, FlowWrite, TaskRow
 from flowstead.store.sqlite import SqliteStore
 
@@ -28,13 +29,19 @@ class RecordingStore(SqliteStore):
 
 
 def record(
-    play: Callable[[Runtime], Awaitable[object]], registry: Registry | None = None
+    play: Callable[[Runtime], Awaitable[object]],
+    registry: Registry | None = None,
+    *,
+    limits: Limits | None = None,
+    notifier: Notifier | None = None,
 ) -> list[FlowWrite]:
     """The writes of a small play, in order."""
 
     async def run(path: Path) -> list[FlowWrite]:
         store = RecordingStore(path)
-        async with open_runtime(store, registry=registry) as runtime:
+        async with open_runtime(
+            store, registry=registry, limits=limits, notifier=notifier
+        ) as runtime:
             await play(runtime)
         return store.writes
 

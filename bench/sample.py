@@ -12,6 +12,7 @@ WAIT: Final[dict[str, Any]] = {
     "channel": "slack",
     "threadKey": "C042/1763791455.12",
 }
+REPLY: Final[dict[str, Any]] = {"text": "Yes, send it.", "from": "anna@example.com"}
 RESULT: Final[dict[str, Any]] = {"category": "business", "confidence": 0.93, "urgent": False}
 
 

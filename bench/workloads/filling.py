@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from bench.sample import CONTROLLER, GOAL, WAIT, state
 from flowstead import SessionFlows
@@ -11,7 +13,17 @@ from flowstead import SessionFlows
 _CLIENTS = 512
 
 
-async def fill(flows: SessionFlows, first: int, count: int, status: str) -> None:
+def _same(_number: int) -> Mapping[str, Any]:
+    return WAIT
+
+
+async def fill(
+    flows: SessionFlows,
+    first: int,
+    count: int,
+    status: str,
+    wait: Callable[[int], Mapping[str, Any]] = _same,
+) -> None:
     """Make flows `flow-<first>` and on, unfinished; the waiting ones say what they wait for."""
     numbers = itertools.count(first)
 
@@ -23,7 +35,7 @@ async def fill(flows: SessionFlows, first: int, count: int, status: str) -> None
                 flow_id=name(number),
                 status=status,
                 state_json=state(number),
-                wait_json=WAIT if status == "waiting" else None,
+                wait_json=wait(number) if status == "waiting" else None,
             )
 
     await asyncio.gather(*(client() for _ in range(_CLIENTS)))

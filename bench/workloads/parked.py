@@ -10,9 +10,6 @@ they were made. A second process keeps the usual `idle_seconds` and shows what s
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
-import os
 import sys
 import time
 from pathlib import Path
@@ -101,16 +98,7 @@ async def _resident(runtime: Runtime) -> int:
     """Resident bytes once every flow has been let go of and free memory has been given back."""
     while runtime.statistics().flows_in_memory:  # noqa: ASYNC110 - nobody is told of it
         await asyncio.sleep(0.1)
-    return _resident_now()
-
-
-def _resident_now() -> int:
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return process.resident_bytes()
 
 
 if __name__ == "__main__":

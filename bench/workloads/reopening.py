@@ -8,8 +8,6 @@ flows' controller registered (so that recovery runs beside), and a bare connecti
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import statistics
 import sys
 import time
@@ -20,7 +18,7 @@ from typing import Any, Final
 
 from bench import process
 from bench.ceiling import connect
-from bench.measure import Row, Setup, Stopwatch, remove
+from bench.measure import Row, Setup, Stopwatch, copy, remove
 from bench.sample import CONTROLLER, OWNER, state
 from bench.workloads.filling import fill, name
 from flowstead import Applied, FlowContext, Registry, open_runtime
@@ -80,11 +78,7 @@ def _fill_and_kill(path: Path, count: int) -> None:
 
 def _open_copy(setup: Setup, origin: Path, variant: str, count: int) -> dict[str, float]:
     path = setup.fresh_path()
-    for suffix in ("", "-wal"):
-        copy = path.with_name(path.name + suffix)
-        shutil.copyfile(origin.with_name(origin.name + suffix), copy)
-        with copy.open("rb") as file:
-            os.fsync(file.fileno())
+    copy(origin, path)
     with process.start(_THIS, variant, path, setup.durability, count) as opener:
         found: dict[str, float] = process.answer_of(opener)
         opener.kill()

@@ -8,12 +8,8 @@ record, and whatever the one who waits for it keeps of it.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
-import os
 import sys
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any, Final, cast
 
 import anyio
@@ -74,26 +70,17 @@ class _Growth:
 
     def __init__(self) -> None:
         self._tasks = len(asyncio.all_tasks())
-        self._before = _resident_bytes()
+        self._before = process.resident_bytes()
 
     def say(self) -> None:
         """Answer the process that waits."""
         found = Found(
             before=self._before,
-            after=_resident_bytes(),
+            after=process.resident_bytes(),
             tasks_before=self._tasks,
             tasks_after=len(asyncio.all_tasks()),
         )
         process.say(msgspec.structs.asdict(found))
-
-
-def _resident_bytes() -> int:
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 async def _plain(_path: str, _durability: Durability, count: int) -> None:

@@ -100,7 +100,8 @@ class FlowWaits:
             ChildCancelled: Somebody withdrew the wait.
             CancelPending: A cancel is requested.
 
-        Cancelling the caller leaves the wait open: the same step finds it again.
+        Cancelling the caller leaves the wait open: the same step finds it again. Give `timeout` rather than putting
+        `asyncio.timeout` around it: a controller that has left memory forgets that.
         """
         draft = self._signal_draft(
             name, timeout, on_timeout, remind, prompt, schema, {**(key or {}), **fields}

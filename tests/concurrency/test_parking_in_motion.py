@@ -71,7 +71,7 @@ class Steps:
 
 def test_a_signal_in_the_moment_of_parking_is_taken_once_in_every_order() -> None:
     runs: Counter[tuple[int, int]] = Counter()
-    for seed in range(60):
+    for seed in range(30):
         steps = Steps()
 
         async def host(runtime: Runtime, steps: Steps = steps) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def test_a_signal_in_the_moment_of_parking_is_taken_once_in_every_order() -> Non
             runs[world.run(host, registry=steps.registry, limits=LIMITS)] += 1
 
     before = sum(count for (parked_first, _), count in runs.items() if not parked_first)
-    assert 5 < before < 55, f"vacuous: always the same order, {runs}"
+    assert 2 < before < 28, f"vacuous: always the same order, {runs}"
 
 
 @pytest.mark.parametrize("call", ["cancel", "request_cancel", "resume", "cancel_task", "finish"])
@@ -137,7 +137,7 @@ def test_whatever_is_done_to_a_flow_in_the_moment_of_parking_is_done(call: str) 
             assert (await flows.result(flow.flow_id)).status == "succeeded"
         return "flow.parked" in told
 
-    for seed in range(24):
+    for seed in range(16):
         with Simulation(Schedule(seed=seed, shuffle=True)) as world:
             orders[world.run(host, registry=registry, limits=LIMITS)] += 1
 
@@ -146,7 +146,7 @@ def test_whatever_is_done_to_a_flow_in_the_moment_of_parking_is_done(call: str) 
 
 # ---- crashes --------------------------------------------------------------------------------------
 
-CRASHES = 60
+CRASHES = 40
 
 
 def test_a_crash_at_any_step_of_waiting_parking_and_waking_changes_nothing_a_controller_sees() -> (
@@ -168,14 +168,14 @@ def test_a_crash_at_any_step_of_waiting_parking_and_waking_changes_nothing_a_con
 
 def test_many_crashes_and_every_order_change_nothing_a_controller_sees() -> None:
     crashes = 0
-    for seed in range(20):
+    for seed in range(12):
         steps = Steps()
         chosen = tuple(range(40 + seed * 3, 900, 130))
         with Simulation(Schedule(seed=seed, shuffle=True, crashes=chosen)) as world:
             ended = world.run(_woken_twice(steps), registry=steps.registry, limits=LIMITS)
             crashes += world.crashed
         steps.check(ended)
-    assert crashes > 40, "vacuous: hardly ever a crash"
+    assert crashes > 24, "vacuous: hardly ever a crash"
 
 
 def _woken_twice(steps: Steps) -> Any:
@@ -262,7 +262,7 @@ async def test_a_commit_that_fails_while_a_controller_stands_or_leaves_is_made_g
 
 def test_closing_in_the_moment_of_parking_leaves_a_flow_that_waits_on() -> None:
     orders: Counter[bool] = Counter()
-    for seed in range(24):
+    for seed in range(16):
         steps = Steps()
         with Simulation(Schedule(seed=seed, shuffle=True)) as world:
 

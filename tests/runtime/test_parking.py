@@ -390,8 +390,9 @@ def test_a_deadline_of_its_own_lets_the_flow_go_on_and_leaves_the_wait_open(live
     assert answer_in(lives, flow_id) == "word"
 
 
-@pytest.mark.xfail(strict=True, reason="what runs beside is cut off until the wait is answered")
-def test_what_a_controller_has_begun_beside_is_not_cut_off_by_parking(lives: Lives) -> None:
+def test_what_a_controller_runs_beside_its_wait_is_cut_off_by_parking_and_begun_again(
+    lives: Lives,
+) -> None:
     worked: list[str] = []
 
     async def beside(flow: FlowContext) -> None:
@@ -406,9 +407,14 @@ def test_what_a_controller_has_begun_beside_is_not_cut_off_by_parking(lives: Liv
             group.start_soon(other)
             await flow.wait("answer", key=KEY)
 
-    parked_in(lives, beside)
+    flow_id = parked_in(lives, beside)
+    assert worked == []
+
+    signalled(lives, "word", key=KEY)
+    lives.pass_time(60)
 
     assert worked == ["beside"]
+    assert lives.flow(flow_id).status == "succeeded"
 
 
 @pytest.mark.parametrize("answered", ["first", "second"])

@@ -596,6 +596,21 @@ def test_who_waits_longest_is_told_first() -> None:
     assert "A" in second.tasks
 
 
+@pytest.mark.xfail(strict=True, reason="the second wait looks where the first has just taken from")
+@pytest.mark.parametrize("letters", [1, 2, 3])
+def test_two_waits_that_are_opened_at_once_take_a_message_each(letters: int) -> None:
+    view = a_telling_view(a_flow(RUNNING), driven=True)
+    for n in range(letters):
+        play(view, told(FITS, n))
+    drafts = [a_wait_draft(name, WaitKind.MESSAGE, inbox="in") for name in ("one", "two")]
+
+    turn = play(view, c.AddTasks(drafts=tuple(drafts)))
+
+    ends = [event.task_id for event in turn.events if event.type == EventType.TASK_ENDED]
+    assert len(ends) == len(set(ends)) == 2 * min(letters, 2)
+    assert view.children.untaken == max(letters - 2, 0)
+
+
 def test_a_message_for_another_inbox_is_nobodys_here() -> None:
     view = in_the_step()
 

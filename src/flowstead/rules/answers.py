@@ -246,8 +246,8 @@ def _take_early(view: View, added: Decision, task: StoredTask) -> Decision:
         current = tasks[task.task_id]
         if current.ended_at is not None:
             break
-        if _is_expired(letter, view.now):
-            continue  # the tick takes it away
+        if letter.task_id in tasks or _is_expired(letter, view.now):
+            continue  # taken by another wait of this very command, or taken away by the next tick
         if task.wait.approval is not None:
             taken, counted = _count_early(view, current, letter)
         else:
