@@ -30,6 +30,7 @@ from flowstead.model.task import (
     TaskStatus,
     is_active,
 )
+from flowstead.model.wait import WaitKind
 from flowstead.results import (
     Applied,
     CancelReport,
@@ -185,7 +186,7 @@ class ScopedVerbs(ScopedFlows):
         """Go on where an ended flow stopped: a new flow in which what succeeded answers from the record.
 
         The ended flow stays as it is; the new one names it as `retry_of`, begins with its last state, and has its
-        finished children. Asking again answers the same new flow. Cancelling the caller after acceptance does
+        finished children. Approvals are asked for again: they were given to the ended flow. Asking again answers the same new flow. Cancelling the caller after acceptance does
         not undo it; calling again answers the flow, or makes it.
 
         Answers `Rejected` if there is nothing to retry: `not_found`, `not_managed` for a detached run, or
@@ -204,7 +205,11 @@ class ScopedVerbs(ScopedFlows):
             return Rejected(Code.NOT_RETRYABLE, found, reason)
         draft = self._successor(found, _RETRY_KEY + found.flow_id)
         everything = await self._tasks_of(FlowKey(found.owner_key, found.flow_id))
-        tasks = [task for task in everything if task.status is TaskStatus.SUCCEEDED]
+        tasks = [
+            task
+            for task in everything
+            if task.status is TaskStatus.SUCCEEDED and task.runtime != WaitKind.APPROVAL
+        ]
         carried = tuple(
             self._carried(task, draft)
             for task in sorted(tasks, key=lambda task: task.ended_at or 0)

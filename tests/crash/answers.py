@@ -184,7 +184,7 @@ class Answers:
                     for event in file.flows[update.row["flow_key"]].events
                     if event["type"] == "update.failed"
                 ]
-                assert slots.count(update.row["slot"]) == 1, f"{update.name} failed in silence"
+                assert update.row["slot"] in slots, f"{update.name} failed in silence"
             if at_rest and update.row["bucket"] is None:
                 assert status != "pending", f"{update.name} never went out: {update.doc}"
 
@@ -348,7 +348,9 @@ def _check_found(found: Found, fact: dict[str, Any]) -> None:
         assert fact["at"] >= task.doc["wait"]["deadlineAt"], f"{fact} is before {task.doc['wait']}"
     if kind in ("key", "patient") and task.doc["status"] == "succeeded":
         assert fact["found"] == task.doc["resultJson"], f"{fact}, and stored is {task.doc}"
-    if kind == "approve" and "verdict" in (task.doc.get("resultJson") or {}):
+    # What was decided about an ended flow is stale in the one that goes on from it.
+    is_decided = task.carried_from is None and "verdict" in (task.doc.get("resultJson") or {})
+    if kind == "approve" and is_decided:
         verdict = task.doc["resultJson"]["verdict"]
         assert fact["found"] in (verdict, "not approved"), f"{fact}, and stored is {task.doc}"
     if kind == "select" and fact["found"] != "withdrawn":

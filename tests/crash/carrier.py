@@ -60,7 +60,8 @@ class Carrier:
             "revision": update.revision,
             "text": update.text,
         }
-        await asyncio.to_thread(self._write, json.dumps(line).encode() + b"\n")
+        # What a kill has cut off must not spoil what comes after it.
+        await asyncio.to_thread(self._write, b"\n" + json.dumps(line).encode() + b"\n")
         if mood == "slow":
             await asyncio.sleep(0.03)
         if mood == "forgetful" and is_first:
@@ -72,9 +73,9 @@ class Carrier:
 
 
 def read_delivered(path: Path | str) -> list[dict[str, Any]]:
-    """What has arrived, in order, as often as it did."""
+    """What has arrived, in order, as often as it did; a line cut off by a kill does not count."""
     try:
         told = Path(path).read_bytes()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in told.split(b"\n")[:-1]]
+    return [json.loads(line) for line in told.split(b"\n") if line.endswith(b"}")]

@@ -73,6 +73,7 @@ def _acks(facts: Facts, subject: str) -> Facts:
     if subject == "vote counted":
         return [fact for fact in facts if fact.get("ack") == "vote" and fact["code"] == "counted"]
     begun = {fact["begin"]: fact["spec"] for fact in facts if "spec" in fact}
+    times = Counter(spec["payload"]["n"] for spec in begun.values())
     *forms, code = subject.split()
     return [
         fact
@@ -80,6 +81,7 @@ def _acks(facts: Facts, subject: str) -> Facts:
         if fact.get("ack") == "sent"
         and fact["code"] == code
         and begun[fact["done"]]["form"] in (forms or ("key", "step", "tell"))
+        and times[begun[fact["done"]]["payload"]["n"]] == 1
     ]
 
 

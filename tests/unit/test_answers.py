@@ -596,7 +596,6 @@ def test_who_waits_longest_is_told_first() -> None:
     assert "A" in second.tasks
 
 
-@pytest.mark.xfail(strict=True, reason="the second wait looks where the first has just taken from")
 @pytest.mark.parametrize("letters", [1, 2, 3])
 def test_two_waits_that_are_opened_at_once_take_a_message_each(letters: int) -> None:
     view = a_telling_view(a_flow(RUNNING), driven=True)

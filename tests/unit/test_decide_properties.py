@@ -215,7 +215,7 @@ some_waits = st.lists(
     ),
     min_size=1,
     max_size=2,
-    unique_by=lambda one: one[1].rstrip("12") if one[0] == "message" else one[1],
+    unique_by=lambda one: one[1],
 )
 stands = st.tuples(st.just("stand"), some_waits, st.booleans())
 wait_specs = st.one_of(
@@ -1055,6 +1055,111 @@ class TestFlow(FlowMachine.TestCase):
 
 
 TestFlow.settings = settings(PROFILE, max_examples=300, stateful_step_count=25)
+
+
+# ---- a flow that mostly waits ----------------------------------------------------------------------
+
+WAITED: Counter[str] = Counter()
+KEPT = (
+    FlowMachine.history_has_no_gap,
+    FlowMachine.history_tells_the_whole_flow,
+    FlowMachine.every_child_ends_at_most_once_and_is_silent_then,
+    FlowMachine.a_flow_with_a_review_is_blocked_by_one_that_nobody_has_answered,
+    FlowMachine.what_a_flow_waits_for_is_open,
+    FlowMachine.nobody_is_forgotten,
+    FlowMachine.the_end_is_told_exactly_once,
+    FlowMachine.the_book_agrees_with_the_rows,
+)
+moments = st.one_of(
+    st.tuples(st.just("turn"), st.lists(wait_specs, min_size=1, max_size=2)),
+    st.tuples(st.just("turn"), st.lists(wait_specs, min_size=1, max_size=2)),
+    st.tuples(st.just("turn"), st.lists(flow_specs, min_size=1, max_size=1)),
+    st.tuples(st.just("stand"), some_waits),
+    st.tuples(st.just("stand"), some_waits),
+    st.tuples(st.just("stand and leave"), some_waits),
+    st.tuples(st.just("stand and leave"), some_waits),
+    st.tuples(st.just("answer"), small),
+    st.tuples(st.just("answer"), small),
+    st.tuples(st.just("code"), st.lists(code_ends, min_size=1, max_size=1)),
+    st.tuples(st.just("work"), additions),
+    st.tuples(st.just("odd"), small),
+    st.tuples(st.just("ask"), st.sampled_from(["m1", "m2"])),
+    st.tuples(st.just("review"), small),
+    st.tuples(st.just("time"), st.sampled_from([1, 6, 80])),
+    st.tuples(st.just("back"), st.just(10)),
+    st.tuples(st.just("crash"), st.just(0)),
+)
+
+
+def befall(world: World, moment: Spec) -> None:
+    """One moment in the life of a flow that mostly waits."""
+    what, given_to = moment
+    before, parked = world.flow, len(world.history)
+    match what:
+        case "turn" | "code":
+            world.turn(list(given_to))
+        case "work":
+            world.turn([given_to])
+        case "stand":
+            world.turn([("stand", given_to, True)])
+        case "stand and leave":
+            world.turn([("stand", given_to, True)])
+            world.now += 6_000
+            world.turn([c.Tick()])
+            world.turn([c.Wake()])
+        case "answer":
+            world.turn([("answer_one", given_to)])
+        case "odd":
+            world.turn([("add", [(Launch(function="work"), None, None)])])
+            world.turn([("code_ends", given_to, "odd")])
+        case "ask":
+            world.turn([("tell", True)])
+            world.turn([("stand", [("message", given_to, (None, OnTimeout.FAIL))], True)])
+        case "review":
+            world.turn([("answer", given_to)])
+        case "time":
+            world.now += given_to * 1000
+            world.turn([c.Tick()])
+        case "back":
+            world.now -= given_to * 1000
+        case _:
+            world.reload()
+            world.turn([c.Tick()])
+    assert before is not None
+    for event in world.history[parked:]:
+        standing = "parked" if before.awaiting and before.park_at is None else "in memory"
+        WAITED[f"{event.type} {standing}" if before.awaiting else event.type] += 1
+
+
+@given(
+    registered=st.sampled_from([True, True, True, False]),
+    course=st.lists(moments, min_size=5, max_size=25),
+    end=ending_specs,
+)
+@settings(PROFILE, max_examples=400)
+def every_course_of_waits(registered: bool, course: list[Spec], end: Spec) -> None:
+    machine = FlowMachine()
+    controllers = frozenset({"triage"}) if registered else frozenset[str]()
+    world = machine.world = World(None, controllers=controllers)
+    world.turn([c.Create(draft=fresh_flow())])
+    for moment in course:
+        befall(world, moment)
+        for check in KEPT:
+            check(machine)
+    machine.turns = 1
+    world.turn([end])
+    for check in KEPT:
+        check(machine)
+    FlowMachine.teardown(machine)
+
+
+def test_whatever_befalls_a_flow_that_mostly_waits_nobody_is_forgotten_or_told_twice() -> None:
+    every_course_of_waits()
+
+    seen = {f"flow.resumed {how}" for how in ("parked", "in memory")}
+    seen |= {"flow.parked", "flow.updated parked", "flow.blocked in memory", "task.overdue"}
+    seen |= {"task.voted", "task.taken", "task.reminded", "task.started", "task.review_requested"}
+    assert seen <= WAITED.keys(), "vacuous"
 
 
 # ---- totality -------------------------------------------------------------------------------------
