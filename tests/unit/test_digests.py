@@ -262,5 +262,9 @@ def test_utc_needs_no_data_about_zones(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DigestTime().next_after(0) == 18 * 3_600_000
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "daily: 1 update."), (2, "daily: 2 updates."), (100, "daily: 100 updates.")],
+)
 def test_a_digest_opens_with_how_much_there_is(count: int, text: str) -> None:
     assert compose_text("daily", count) == text

@@ -44,6 +44,7 @@ from tests.unit.given_waits import (
     a_wait_draft,
     addressed,
     an_approval_draft,
+    an_old_wait,
     cast,
     decoded,
     flow_of,
@@ -188,6 +189,14 @@ def test_nothing_is_waited_for_once_the_flow_has_ended(status: FlowStatus, drive
     view = a_view(a_flow(status), driven=driven, controllers=REGISTERED)
 
     refused(view, stand_in(a_wait_draft("a")), Code.TERMINAL)
+
+
+@pytest.mark.parametrize("name", AN_INTENT)
+def test_nor_for_a_step_that_is_still_open_by_its_row(name: str) -> None:
+    view = AN_INTENT[name]()
+    view.children.put(an_old_wait("old"))
+
+    refused(view, stand_in(steps=("old",)), Code.CANCEL_REQUESTED)
 
 
 def test_a_flow_that_is_not_there_and_one_that_follows_a_task_wait_for_nothing() -> None:
@@ -552,6 +561,17 @@ def test_resuming_by_hand_lets_the_flow_go_on_and_leaves_the_step_open(
         assert play(view, c.ControllerParked()).effects() == (StartController("triage"),)
     play(view, stand_in(a_wait_draft("a")))
     assert flow_of(view).awaiting == (("A",),)
+
+
+def test_a_resume_by_hand_sends_nobody_away_who_would_lose_something_by_it() -> None:
+    view = standing_in(a_wait_draft("a"), may_park=False, controllers=REGISTERED)
+    revision = flow_of(view).revision
+
+    turn = play(view, c.Resume(expected_revision=revision, patch=NOTHING_TO_PATCH, status=RUNNING))
+
+    assert turn.effects() == ()
+    assert flow_of(view).status is RUNNING
+    assert list(view.children.active) == ["A"]
 
 
 # ---- the end of the flow --------------------------------------------------------------------------
