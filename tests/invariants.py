@@ -406,6 +406,8 @@ def _is_let_go(flow: FlowRows, event: dict[str, Any]) -> bool:
     if event["type"] != "flow.resumed":
         return False
     for before in reversed(flow.events[: event["seq"] - 1]):
+        if before["type"] == "task.cancel_requested":
+            continue  # of another child, which still runs
         if before["type"] != "task.ended":
             return False
         if flow.tasks[before["taskId"]].wait is not None:
