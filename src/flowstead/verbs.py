@@ -186,8 +186,9 @@ class ScopedVerbs(ScopedFlows):
         """Go on where an ended flow stopped: a new flow in which what succeeded answers from the record.
 
         The ended flow stays as it is; the new one names it as `retry_of`, begins with its last state, and has its
-        finished children. Approvals are asked for again: they were given to the ended flow. Asking again answers the same new flow. Cancelling the caller after acceptance does
-        not undo it; calling again answers the flow, or makes it.
+        finished children. Approvals are asked for again: they were given to the ended flow. Asking again answers
+        the same new flow. Cancelling the caller after acceptance does not undo it; calling again answers the flow,
+        or makes it.
 
         Answers `Rejected` if there is nothing to retry: `not_found`, `not_managed` for a detached run, or
         `not_retryable` for a flow that has succeeded or has not ended.

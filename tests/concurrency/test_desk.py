@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from flowstead import Registry, Runtime, open_runtime
-from flowstead.engine.desk import Lanes
+from flowstead.engine.lanes import Lanes
 from flowstead.errors import CommitFailed, RuntimeClosed
 from flowstead.store.memory import MemoryStore
 from flowstead.testing import ManualClock, Schedule, Simulation
