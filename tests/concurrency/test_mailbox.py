@@ -9,7 +9,7 @@ import pytest
 
 from flowstead import Applied, FlowContext, Limits, Registry, Rejected
 from flowstead.engine.mailbox import Envelope, Mailbox, Reply
-from flowstead.model.command import Tick
+from flowstead.model.command import Recover, Tick
 from tests.faulty_store import FaultyStore, flows_of, new_flow, running, settle, soon
 
 
@@ -306,3 +306,17 @@ async def test_the_end_of_a_child_is_accepted_by_a_full_mailbox():
 
         assert (await soon(flows.wait_task(made.unwrap().task_id))).result == "done"
         assert all(answer.applied for answer in await soon(asyncio.gather(*calls)))
+
+
+async def test_a_mailbox_knows_what_kind_of_command_waits_in_it() -> None:
+    mailbox = Mailbox(4)
+    assert not mailbox.holds(Tick)
+
+    mailbox.put_nowait(Envelope(Recover(), "runtime", asyncio.get_running_loop().create_future()))
+    assert not mailbox.holds(Tick)
+
+    mailbox.put_nowait(Envelope(Tick(), "runtime", asyncio.get_running_loop().create_future()))
+    assert mailbox.holds(Tick)
+
+    mailbox.take(2)
+    assert not mailbox.holds(Tick)

@@ -72,6 +72,10 @@ class Mailbox(msgspec.Struct, gc=False):
             raise anyio.WouldBlock
         self._envelopes.append(envelope)
 
+    def holds(self, kind: type[Command]) -> bool:
+        """Whether a command of this kind waits already, and will be decided by the clock as it is then."""
+        return any(isinstance(envelope.command, kind) for envelope in self._envelopes)
+
     async def wait_for_room(self) -> None:
         """Return once an envelope may fit. Cancelling gives the place to the next in line."""
         place = -1
