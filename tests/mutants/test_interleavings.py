@@ -9,6 +9,7 @@ import pytest
 
 from flowstead import (
     Command,
+    CommitFailed,
     Limits,
     OutcomeUnknown,
     Registry,
@@ -21,8 +22,11 @@ from flowstead.engine.slots import Slots
 from flowstead.executors.command import CommandExecutor
 from flowstead.model.flow import FlowKey, Json
 from flowstead.model.task import Launch
-from flowstead.testing import CALM, Faults, Schedule, Simulation
+from flowstead.model.update import StoredUpdate
+from flowstead.testing import CALM, Faults, ManualClock, RecordingNotifier, Schedule, Simulation
 from tests.executors.stage import Attempt
+from tests.faulty_store import NOT_WRITTEN, UNKNOWN, FaultyStore, new_flow, running, settle, soon
+from tests.runtime.waiting import registry_of
 from tests.unit.given import a_launched
 
 STEPS = 24
@@ -30,6 +34,7 @@ TURNS = 16
 SEEDS = 12
 DELAY = 0.01
 LONG = 60.0
+KEY = {"thread": 1}
 
 
 def flows_of(runtime: Runtime):
@@ -334,3 +339,171 @@ def test_of_two_slots_that_are_kept_for_a_flow_nobody_who_comes_by_takes_one() -
     assert woken == [waits]
     assert not take(comes_by, "quick")
     assert take(waits, "patient")
+
+
+async def pass_time(clock: ManualClock, *, seconds: int) -> None:
+    for _ in range(seconds):
+        clock.advance(1)
+        await settle()
+
+
+@pytest.mark.parametrize("unread", [0, 1])
+async def test_a_signal_for_two_flows_of_which_one_cannot_be_loaded_just_now_wakes_neither(
+    clock: ManualClock, unread: int
+) -> None:
+    store = FaultyStore()
+    async with running(store, registry=registry_of(), clock=clock) as runtime:
+        flows = flows_of(runtime)
+        ids = [await new_flow(flows, "waits", state_json={"key": KEY}) for _ in range(2)]
+        await pass_time(clock, seconds=30)
+        assert runtime.statistics().flows_in_memory == 0
+        [loaded] = [flow_id for flow_id in ids if flow_id != ids[unread]]
+        flow = await flows.get(loaded)
+        assert flow is not None and flow.status == "waiting"
+        await flows.update(flow_id=loaded, expected_revision=flow.revision, current_step="on")
+        store.fail_reads("load", NOT_WRITTEN)
+
+        with pytest.raises(CommitFailed):
+            await soon(flows.signal(payload=1, id="s-1", key=KEY))
+
+        again = await soon(flows.signal(payload=2, id="s-1", key=KEY))
+        assert sorted(again.flow_ids) == sorted(ids)
+        for flow_id in ids:
+            assert (await soon(flows.result(flow_id))).state_json == {"answered": 2}
+
+
+async def test_a_controller_leaves_memory_also_where_nobody_could_say_that_it_is_parked(
+    clock: ManualClock,
+) -> None:
+    store = FaultyStore()
+    limits = Limits(park_seconds=5, idle_seconds=1)
+    async with running(store, registry=registry_of(), clock=clock, limits=limits) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows, "waits", state_json={"key": KEY})
+        await settle()
+        before = store.attempts
+        store.fail_commits(UNKNOWN, written=True)
+
+        await pass_time(clock, seconds=30)
+
+        assert store.attempts == before + 1
+        assert [event.type for event in await flows.history(flow_id)].count("flow.parked") == 1
+        assert runtime.statistics().flows_in_memory == 0
+        await soon(flows.signal(payload=1, key=KEY))
+        assert (await soon(flows.result(flow_id))).state_json == {"answered": 1}
+
+
+async def test_a_wait_that_was_opened_although_nobody_knew_is_answered_by_what_was_kept_for_it(
+    clock: ManualClock,
+) -> None:
+    store = FaultyStore()
+    async with running(store, clock=clock) as runtime:
+        flows = flows_of(runtime)
+        assert (await soon(flows.signal(payload=1, key=KEY))).kept
+        flow_id = await new_flow(flows)
+        store.fail_commits(UNKNOWN, written=True)
+        waiting = flows.set_waiting(flow_id=flow_id, expected_revision=0, wait_json=KEY)
+        assert (await soon(waiting)).code == "outcome_unknown"
+
+        await pass_time(clock, seconds=3)
+
+        flow = await flows.get(flow_id)
+        assert flow is not None
+        assert (flow.status, flow.revision) == ("queued", 2)
+
+
+class FailingClock(ManualClock):
+    """A clock that fails whoever asks it for the time when it has been asked so often."""
+
+    left = 0
+
+    def now(self) -> int:
+        self.left -= 1
+        if self.left == 0:
+            raise ZeroDivisionError("the clock has stopped")
+        return super().now()
+
+
+async def test_a_signal_for_two_flows_of_which_one_cannot_decide_is_answered_and_may_come_again() -> (
+    None
+):
+    refused = 0
+    for moment in range(1, STEPS // 2):
+        clock = FailingClock()
+        async with running(FaultyStore(), registry=registry_of(), clock=clock) as runtime:
+            flows = flows_of(runtime)
+            ids = [await new_flow(flows, "waits", state_json={"key": KEY}) for _ in range(2)]
+            await settle()
+            clock.left = moment
+            try:
+                matched = (await soon(flows.signal(payload=1, id="s-1", key=KEY))).matched
+            except ZeroDivisionError:
+                refused += 1
+                matched = 0
+            clock.left = 0
+            again = await soon(flows.signal(payload=2, id="s-1", key=KEY))
+
+            assert (matched, again.matched) in [(2, 0), (0, 2)], moment
+            assert set(again.flow_ids) <= set(ids)
+    assert refused > 3, "vacuous: hardly anything failed"
+
+
+class SlowPages(FaultyStore):
+    """A store that hands out what is due when it is told to, as it was when it was asked for."""
+
+    gate: asyncio.Event | None = None
+
+    async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        page = await super().list_updates_due(until=until, limit=limit)
+        if self.gate is not None:
+            await self.gate.wait()
+        return page
+
+
+async def test_an_update_whose_delivery_comes_back_while_a_page_is_read_is_not_sent_again(
+    clock: ManualClock,
+) -> None:
+    store, channel = SlowPages(), RecordingNotifier()
+    channel.hold()
+    async with running(store, clock=clock, notifier=channel) as runtime:
+        flows = flows_of(runtime)
+        first, second = await new_flow(flows), await new_flow(flows)
+        await flows.finish(flow_id=first, expected_revision=0)
+        await settle()
+        assert [update.flow_id for update in channel.updates] == [first]
+        gate = store.gate = asyncio.Event()
+        await flows.finish(flow_id=second, expected_revision=0)
+        await settle()
+
+        channel.release()
+        await settle()
+        gate.set()
+        await settle()
+
+        assert [update.flow_id for update in channel.updates] == [first, second]
+
+
+async def test_a_flow_that_takes_a_signal_for_two_and_a_message_in_one_turn_is_written_with_both() -> (
+    None
+):
+    store = FaultyStore()
+    async with running(store, registry=registry_of()) as runtime:
+        flows = flows_of(runtime)
+        ids = [await new_flow(flows, "waits", state_json={"key": KEY}) for _ in range(2)]
+        await settle()
+        flow = await flows.get(ids[0])
+        assert flow is not None
+        store.hold()
+        changing = flows.update(flow_id=ids[0], expected_revision=flow.revision, current_step="on")
+        busy = asyncio.create_task(changing)
+        await settle()
+        telling = asyncio.create_task(flows.tell(ids[0], "word", id="m-1"))
+        sending = asyncio.create_task(flows.signal(payload=1, id="s-1", key=KEY))
+        await settle()
+        store.release()
+
+        assert (await soon(sending)).matched == 2
+        assert (await soon(telling)).kept
+        assert (await soon(busy)).applied
+        for again in (flows.tell(ids[0], "word", id="m-1"), flows.signal(id="s-1", key=KEY)):
+            assert (await soon(again)).code == "duplicate"
