@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
     from tests.simulation.machine import World
     from tests.simulation.operations import Call
 
-OPERATIONS = frozenset(
-    {"signal", "answer", "tell", "ask", "vote", "list_waits", "list_updates"}
-)
+OPERATIONS = frozenset({"signal", "answer", "tell", "ask", "vote", "list_waits", "list_updates"})
 ANYBODY = "anybody"
 """Who has nothing but a token."""
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -154,21 +153,11 @@ def explain_full(world: World, call: Call) -> bool:
         default=0,
     )
     is_crowded = any(
-        judge._crowd(world, _as_if_of(call, log)) > spec.MAILBOX for log in logs
+        judge._crowd(world, replace(call, flow_id=log.now.flow_id)) > spec.MAILBOX for log in logs
     )
     if most < spec.MESSAGES and not is_crowded:
         raise Wrong(f"{call.name} was refused as overloaded without a crowd")
     return True
-
-
-def _as_if_of(call: Call, log: FlowLog) -> Any:
-    """The call as if it had named this flow."""
-
-    class Named:
-        actor, flow_id, task_id = call.actor, log.now.flow_id, None
-        invoked, returned = call.invoked, call.returned
-
-    return Named
 
 
 def _signal(world: World, call: Call) -> Seen:
@@ -216,9 +205,7 @@ def _expected(world: World, call: Call, code: str, verdict: str) -> Seen:
     """What was answered has to be what is to be answered, at some instant while the call was under way."""
     if call.flow_id is not None:
         allowed = _addressed if call.op == "signal" else _told
-        return judge._seen(
-            world, call, lambda state: code in allowed(call, state), verdict=verdict
-        )
+        return judge._seen(world, call, lambda state: code in allowed(call, state), verdict=verdict)
     seen = judge._whole(world, call, lambda at: code in _by_key_or_token(world, call, at))
     call.verdict = verdict
     return seen
@@ -235,16 +222,27 @@ def _by_key_or_token(world: World, call: Call, at: int) -> set[str]:
         codes |= _in_time(call, wait) if state.intent is None else {"late"}
     if codes == {"matched"}:
         return codes
-    # Of its own waits a flow remembers the last; whether it knows of an earlier one is not promised.
-    return codes.union(*(_nobody(world, call, at, known) for known in (slice(None), slice(-1, None), slice(0))))
+    return codes | _nobody(world, call, at)
 
 
-def _nobody(world: World, call: Call, at: int, known: slice) -> set[str]:
-    """What is answered where nobody waits: late, if all that ever did have ended."""
+def _nobody(world: World, call: Call, at: int) -> set[str]:
+    """What is answered where nobody waits: late, if all that ever did have ended.
+
+    Of its own waits a flow remembers the last, until its controller waits; what it knows of others is not promised.
+    """
     key, logs = call.args["fields"], world.flows_of(call.actor)
-    awaited = [log.at(at) for log in logs if _ever_waited(log, key, at, known)]
-    is_over = awaited and all(state is not None and state.has_ended for state in awaited)
-    return {"late"} if is_over else _early(call)
+    live, over, is_withdrawn = list[set[str]](), list[set[str]](), False
+    for log in logs:
+        if (state := log.at(at)) is not None and (ways := _ever_waited(log, key, at)):
+            (over if state.has_ended else live).append(ways)
+            is_withdrawn |= state.intent is not None
+    # A wait that has just been withdrawn may be found still, and be over when the signal gets there.
+    codes = {"late"} if is_withdrawn else set[str]()
+    if over and not any("child" in ways for ways in live):
+        codes.add("late")
+    if live or not any("child" in ways for ways in over):
+        codes |= _early(call)
+    return codes
 
 
 def _early(call: Call) -> set[str]:
@@ -272,20 +270,18 @@ def _in_time(call: Call, wait: WaitState) -> set[str]:
     return codes
 
 
-def _ever_waited(log: FlowLog, key: str, at: int, known: slice) -> bool:
-    """Whether a flow, or its controller, has ever waited for this, as far as its own waits are known."""
+def _ever_waited(log: FlowLog, key: str, at: int) -> set[str]:
+    """Whether a flow has ever waited for this: itself, or a child for it."""
     states = [s for s, since in zip(log.states, log.positions, strict=True) if s and since <= at]
-    if not states:
-        return False
-    owned = [state.own.key for state in states if state.own is not None]
-    keys = {task.wait.key for task in states[-1].tasks.values() if task.wait is not None}
-    return key in keys | set(owned[known])
+    ways = {"itself" for state in states if state.own is not None and state.own.key == key}
+    tasks = states[-1].tasks.values() if states else ()
+    return ways | {"child" for task in tasks if task.wait is not None and task.wait.key == key}
 
 
 def _by_token(world: World, call: Call, at: int) -> set[str]:
     token = call.args["token"]
-    owner = "" if call.actor == ANYBODY else call.actor
-    for state in judge._states_at(world, "admin" if not owner else owner, at):
+    owner = judge.ADMIN if call.actor == ANYBODY else call.actor
+    for state in judge._states_at(world, owner, at):
         if state.own is not None and state.own.token == token:
             return _when_open(call, state, state.own)
         for task in state.tasks.values():
@@ -296,11 +292,12 @@ def _by_token(world: World, call: Call, at: int) -> set[str]:
                 return {"late"} if found == {"unawaited"} else found
     was_one = any(
         state is not None and state.own is not None and state.own.token == token
-        for log in world.flows_of("admin" if not owner else owner)
+        for log in world.flows_of(owner)
         for state, since in zip(log.states, log.positions, strict=True)
         if since <= at
     )
-    return {"late"} if was_one else {"not_found"}
+    # Of its own waits a flow remembers the last.
+    return {"late", "not_found"} if was_one else {"not_found"}
 
 
 def _when_open(call: Call, state: FlowState, wait: WaitState) -> set[str]:
@@ -318,7 +315,9 @@ def _addressed(call: Call, state: FlowState | None) -> set[str]:
     name, is_kept = call.args.get("name"), call.args.get("lifetime", 1.0) is not None
     if name is None:
         return {"unawaited"} if state.own is None else _in_time(call, state.own)
-    waits = [task.wait for task in state.open_waits if task.wait and task.wait.inbox == f"signal:{name}"]
+    waits = [
+        task.wait for task in state.open_waits if task.wait and task.wait.inbox == f"signal:{name}"
+    ]
     if waits:
         return _in_time(call, waits[0])
     if (task := state.run(name)) is not None:
@@ -366,9 +365,7 @@ def _name(wait: WaitState) -> tuple[Any, ...]:
 
 def _ask(world: World, call: Call) -> Seen:
     if isinstance(call.error, e.FlowNotFound | e.FlowNotManaged):
-        return judge._seen(
-            world, call, lambda s: s is None or s.mirrored, verdict="refused"
-        )
+        return judge._seen(world, call, lambda s: s is None or s.mirrored, verdict="refused")
     if isinstance(call.error, e.NotAwaited | e.CancelPending | e.IllegalTransition):
         return judge._seen(world, call, lambda s: "late" in _told(call, s), verdict="refused")
     judge._no_error(call)
@@ -435,7 +432,11 @@ def _listed(state: FlowState) -> list[tuple[str, str, str, str]]:
         for task in state.open_waits
         if task.wait is not None and task.wait.token is not None
     ]
-    if state.own is not None and state.own.token is not None and state.status in ("waiting", "blocked"):
+    if (
+        state.own is not None
+        and state.own.token is not None
+        and state.status in ("waiting", "blocked")
+    ):
         found.append((state.flow_id, "", state.own.kind, state.own.token))
     return found
 

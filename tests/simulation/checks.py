@@ -217,6 +217,8 @@ def check_i11_an_idle_restart_changes_nothing(world: World) -> None:
 def _goes_on(state: spec.FlowState) -> bool:
     # One that cannot be parked is entered again, and waits again.
     stays = state.controller == "lingers" and state.awaits
+    # One that was let go on by the restart itself may have begun to wait for the clock.
+    stays |= any(task.wait and task.wait.deadline for task in state.open_waits)
     return stays or (state.controller in spec.CONTROLLERS and state.status in spec.ACTIVE)
 
 
@@ -298,7 +300,11 @@ def check_waits_come_due(world: World) -> None:
     due |= {
         f"{row.owner_key} {row.flow_id}"
         for row in world.disk.written.flows.values()
-        if row.due_at is not None and 1 < row.due_at <= now and row.ended_at is None
+        if row.due_at is not None
+        and 1 < row.due_at <= now
+        and row.ended_at is None
+        # One that is to end may have to wait for whoever runs its children.
+        and json.loads(row.doc).get("cancelRequestedAt") is None
     }
     for name in set(overdue) - due:
         del overdue[name]
@@ -487,6 +493,7 @@ def check_updates_rest(world: World) -> None:
         expected = row.ended_at is not None and policy != "silent"
         assert len(ends) == expected, f"{row.flow_id}, {policy}: {ends}"
     for one, doc in rows:
+        world.seen[f"update {one.status}"] += 1
         came = doc["idempotencyKey"] in world.channel.received
         is_put_by = one.bucket is not None and (one.due_at or 0) > world.wall - 60_000
         assert one.status != "pending" or is_put_by, f"not told: {doc}"

@@ -17,8 +17,8 @@ from flowstead import (
 )
 from flowstead import errors as e
 from flowstead.model.task import Outcome
-from tests.simulation import model as spec
 from tests.simulation import answers
+from tests.simulation import model as spec
 from tests.simulation.linear import Seen
 from tests.simulation.model import (
     APPLIED,
@@ -776,8 +776,12 @@ def _check_successor(world: World, call: Call, log: FlowLog) -> None:
     if (first.state, first.step, first.goal) != (old.now.state, old.now.step, old.now.goal):
         raise Wrong(f"it begins otherwise than that ended: {first}, {old.now}")
     ended = () if before is None else before.tasks.values()
-    named = {(task.run_id, task.text) for task in ended if task.status == "succeeded"}
+    # What was approved was approved for the flow that asked.
+    kept = [task for task in ended if task.wait is None or task.wait.kind != "approval"]
+    named = {(task.run_id, task.text) for task in kept if task.status == "succeeded"}
     carried = {(task.run_id, task.text) for task in log.now.tasks.values() if task.carried}
+    if any(task.run_id == "approval" and task.carried for task in log.now.tasks.values()):
+        raise Wrong(f"an approval of another flow: {log.now}")
     if not named <= carried:
         raise Wrong(f"done before, and not carried over: {named - carried}")
 

@@ -26,9 +26,9 @@ from flowstead.testing.simulation import Crashed
 from tests.simulation import judge, promises, waits
 from tests.simulation import model as spec
 from tests.simulation.linear import Order
+from tests.simulation.mail import DELIVERIES, Channel, OftenDigest
 from tests.simulation.model import Entry, FlowLog, Model, Wrong
 from tests.simulation.operations import ADMIN, OPERATIONS, Call, Spec
-from tests.simulation.mail import DELIVERIES, Channel, OftenDigest
 from tests.simulation.outside import Outside
 from tests.simulation.running import Code
 

@@ -120,7 +120,11 @@ class Channel:
             world.violations.append(f"{other} is under way beside {update}")
         since, attempt = self._not_before.get(key, (0.0, 0))
         is_next = attempt + 1 == update.attempt
-        if is_next and world.seconds < since - 0.001 and world.clock_set_at < since - _ASKED_TO_WAIT:
+        if (
+            is_next
+            and world.seconds < since - 0.001
+            and world.clock_set_at < since - _ASKED_TO_WAIT
+        ):
             world.violations.append(f"it was to wait until {since}: {update}")
         if update.attempt > DELIVERIES.max_attempts:
             world.violations.append(f"it has been tried often enough: {update}")

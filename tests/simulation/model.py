@@ -234,7 +234,9 @@ class FlowState:
 
     def letters_in(self, inbox: str | None) -> list[TaskState]:
         """The messages in an inbox that nobody has taken, oldest first."""
-        return [t for t in self.active if t.letter and t.letter.inbox == inbox and t.status == "queued"]
+        return [
+            t for t in self.active if t.letter and t.letter.inbox == inbox and t.status == "queued"
+        ]
 
     def run(self, run_id: str | None) -> TaskState | None:
         """The child of that run id."""
@@ -458,7 +460,9 @@ RESERVED = frozenset({"deadlineAt", "onTimeout", "prompt", "remindAt", "schema",
 def plain_fields(wait: Any) -> str | None:
     """What a signal has to name to answer a wait that was set from outside."""
     fields = wait if isinstance(wait, dict) else {}
-    plain = {n: v for n, v in fields.items() if n not in RESERVED and isinstance(v, (str, int, float))}
+    plain = {
+        n: v for n, v in fields.items() if n not in RESERVED and isinstance(v, (str, int, float))
+    }
     return canonical(plain) if plain else None
 
 
@@ -521,7 +525,9 @@ def _is_content(told: dict[str, Any], entry: Entry) -> bool:
 def _seen_to(wait: WaitState, entry: Entry) -> WaitState:
     """A wait after its clock has struck: blocked on, or reminded of."""
     if entry.type == "flow.blocked":
-        return replace(wait, deadline=None, reminders=()) if wait.is_over(entry.event["at"]) else wait
+        return (
+            replace(wait, deadline=None, reminders=()) if wait.is_over(entry.event["at"]) else wait
+        )
     return replace(wait, reminders=tuple(at for at in wait.reminders if at > entry.event["at"]))
 
 
@@ -530,8 +536,10 @@ def _check_flow_step(before: FlowState, after: FlowState, entry: Entry) -> None:
     if kind not in _FLOW_STEPS:
         raise Wrong(f"nobody knows such an event: {entry}")
     # What a controller waits for ends with the wish to cancel, and lets it go on to hear of that.
-    if before.intent is not None and kind in ("flow.waiting", "flow.blocked", "flow.resumed") and not (
-        kind == "flow.resumed" and before.awaits
+    if (
+        before.intent is not None
+        and kind in ("flow.waiting", "flow.blocked", "flow.resumed")
+        and not (kind == "flow.resumed" and before.awaits)
     ):
         raise Wrong(f"a cancel was requested before: {entry}")
     if kind != "flow.cancel_requested" and before.intent != after.intent:
@@ -558,7 +566,10 @@ def _check_own_wait(before: FlowState, entry: Entry) -> None:
     """The clock does to a wait that was set from outside what it was told to, and not before its time."""
     kind, at, own = entry.type, entry.event["at"], before.own
     failure = entry.changed.get("failure") or {}
-    if kind == "flow.failed" and (failure.get("kind"), failure.get("code")) == ("timed_out", "wait"):
+    if kind == "flow.failed" and (failure.get("kind"), failure.get("code")) == (
+        "timed_out",
+        "wait",
+    ):
         allowed = own is not None and own.is_over(at) and own.on_timeout == "fail"
     elif kind == "flow.resumed" and (entry.changed.get("answerJson") or {}).get("timedOut"):
         allowed = own is not None and own.is_over(at) and own.on_timeout == "resume"
@@ -581,7 +592,9 @@ _FLOW_STEPS: dict[str, Callable[[FlowState, FlowState], bool]] = {
     "flow.waiting": lambda b, a: a.status == "waiting",
     "flow.blocked": lambda b, a: a.status == "blocked",
     "flow.resumed": lambda b, a: a.status in ("queued", "running"),
-    "flow.parked": lambda b, a: b.awaits and b.status == a.status and a.status in ("waiting", "blocked"),
+    "flow.parked": lambda b, a: (
+        b.awaits and b.status == a.status and a.status in ("waiting", "blocked")
+    ),
     "flow.reminded": lambda b, a: b.status == a.status,
     "flow.updated": lambda b, a: b.status == a.status,
     "flow.cancel_requested": lambda b, a: b.status == a.status and b.intent is None,
@@ -839,7 +852,9 @@ def _check_wait_step(
     elif kind == "task.reminded":
         allowed = bool(wait.reminders) and wait.reminders[0] <= at and not wait.is_over(at)
     elif kind == "task.overdue":
-        allowed = wait.is_over(at) and wait.on_timeout == "block" and wait.kind in ("signal", "message")
+        allowed = (
+            wait.is_over(at) and wait.on_timeout == "block" and wait.kind in ("signal", "message")
+        )
     elif kind == "task.voted":
         allowed = wait.kind == "approval" and not wait.is_over(at) and not halted
         allowed = allowed and not _has_changed_since(flow, wait)

@@ -108,7 +108,17 @@ _SIGNAL: Choices = {
     **_FLOW,
     "by": _BY,
     "key": ("A", "A", "B", "B", "C", "C", "own", "own", "nearly", "nobody"),
-    "step": ("answer", "answer", "again", "reply", "reply", "maybe", "nap", "approval", "none such"),
+    "step": (
+        "answer",
+        "answer",
+        "again",
+        "reply",
+        "reply",
+        "maybe",
+        "nap",
+        "approval",
+        "none such",
+    ),
     "id": (None, None, None, None, "s1", "s2", "s3"),
     "lifetime": ("usual", "usual", None, 2.0, 12.0),
     "which": (0, 0, 0, 1, 2),
@@ -182,7 +192,9 @@ async def _retry_task(world: World, call: Call, flows: Any) -> Any:
 
 
 async def _signal(world: World, call: Call, flows: Any) -> Any:
-    args = {name: call.args[name] for name in ("payload", "id", "name", "token") if name in call.args}
+    args = {
+        name: call.args[name] for name in ("payload", "id", "name", "token") if name in call.args
+    }
     if "lifetime" in call.args:
         args["lifetime"] = call.args["lifetime"]
     if "fields" in call.args:

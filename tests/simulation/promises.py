@@ -25,8 +25,8 @@ from tests.simulation.running import ASKED_TO_WAIT, ONCE, RETRIES
 if TYPE_CHECKING:
     from tests.simulation.machine import World
 
-PASSED_ON_SECONDS = 1.0
-"""In a calm world, an intent has reached the flows below within this much simulated time."""
+PASSED_ON_SECONDS = 6.0
+"""In a calm world, an intent has reached the flows below within so many seconds."""
 _NEVER_AGAIN = frozenset({"auth", "fatal"})
 _USUALLY_AGAIN = frozenset({"transient", "timed_out", None})
 """Categories that are tried again where a policy does not say; None for a failure without one."""

@@ -302,7 +302,10 @@ def detached(world: World, random: Random) -> int:
 
 def signals(world: World, random: Random) -> int:
     """Signals before anybody waits and while several do: again, late, for others, by every way there is."""
-    sent = _GENTLE | {"id": random.choice((None, None, "once", "s1")), "lifetime": random.choice(("usual", 2.0))}
+    sent = _GENTLE | {
+        "id": random.choice((None, None, "once", "s1")),
+        "lifetime": random.choice(("usual", 2.0)),
+    }
     if random.random() < 0.4:
         _signal(world, random, **sent)
     flows = [new_flow(world, random, random.choice(_STANDING)) for _ in range(random.randint(1, 2))]
@@ -336,6 +339,44 @@ def _signal_spec(random: Random, flow: object = 0, **given: object) -> Spec:
 def _signal(world: World, random: Random, **given: object) -> None:
     if world.is_up:
         world.call(_signal_spec(random, **given))
+
+
+def meet(world: World, random: Random) -> int:
+    """A signal and its wait, one right before the other; and then nothing happens for a while."""
+    ops = [
+        _signal_spec(random, by="key", key=key, whose="own", lifetime="usual", id=None)
+        for key in "AB"
+    ]
+    create = [
+        asked(random, "create_managed", given=None, key=None, controller="awaits", status="queued")
+        for _ in range(2)
+    ]
+    for _, given in create:
+        given["owner"] = "agent:a"
+    if not world.flows_of(ADMIN):
+        new_flow(world, random)
+    for some in random.choice(
+        ((ops, create), (create, ops), ([*ops, *create], []), ([*create, *ops], []))
+    ):
+        if world.is_up and some:
+            world.call(*some)
+    if world.is_up:
+        world.advance(7.0)
+    return 4
+
+
+def too_late(world: World, random: Random) -> int:
+    """An answer after the deadline, which nobody has noticed yet: the clock has been put forward."""
+    flow = new_flow(world, random, random.choice(("awaits", "awaits", "mailbox", "approves")))
+    if flow is not None and world.is_up:
+        world.advance(random.choice((0.5, 1.5)))
+        world.jump_clock(world.simulation.clock.shift_ms // 1000 + 30)
+    for by in ("key", "name", "token"):
+        key = random.choice(("A", "B"))
+        _signal(world, random, flow=flow or 0, by=by, key=key, step="answer", whose="own")
+    call(world, random, "vote", flow=flow or 0, decision="approve")
+    call(world, random, "tell", flow=flow or 0, inbox="inbox")
+    return 5
 
 
 def stand(world: World, random: Random) -> int:
@@ -393,7 +434,10 @@ def approve(world: World, random: Random) -> int:
             digest = random.choice(("right", "right", "right", "first", "wrong"))
             kind = random.choice(("approve",) * 8 + ("reject", "edit"))
             world.call(
-                *(asked(random, "vote", flow=flow, decision=kind, digest=digest) for _ in range(votes))
+                *(
+                    asked(random, "vote", flow=flow, decision=kind, digest=digest)
+                    for _ in range(votes)
+                )
             )
     something_happens(world, random)
     return 5
@@ -416,7 +460,15 @@ def mail(world: World, random: Random) -> int:
 def early(world: World, random: Random) -> int:
     """Signals, votes and messages for a flow whose controller has not begun."""
     controller = random.choice(("awaits", "selects", "approves", "mailbox"))
-    call(world, random, "create_managed", given=None, key=None, controller=controller, status="waiting")
+    call(
+        world,
+        random,
+        "create_managed",
+        given=None,
+        key=None,
+        controller=controller,
+        status="waiting",
+    )
     logs = world.flows_of(ADMIN)
     if not logs or not world.is_up:
         return 1
@@ -438,5 +490,5 @@ def early(world: World, random: Random) -> int:
 
 SCENES: tuple[Callable[[World, Random], int], ...] = (
     review, tree, tree, ladder, ladder, rush_for_slots, again, programs, detached, fail, oversleep,
-    signals, signals, stand, stand, deadlines, approve, approve, mail, early,
+    signals, signals, stand, stand, deadlines, approve, approve, mail, early, meet, too_late,
 )  # fmt: skip

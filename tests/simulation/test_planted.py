@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from flowstead import Step, Succeeded, code_source, controller, verbs
 from flowstead.engine import supervisor
 from flowstead.engine.actor import Actor
 from flowstead.engine.child_scope import ChildScope
-from flowstead.engine.desk import Desk, Lanes, write_alone
+from flowstead.engine.desk import Desk, Lanes
 from flowstead.engine.engine import Engine
 from flowstead.engine.feed import Watcher
 from flowstead.engine.slots import Slots
@@ -494,6 +493,13 @@ def wake_nobody(plant: pytest.MonkeyPatch) -> None:
 
 def tell_the_end_afterwards(plant: pytest.MonkeyPatch) -> None:
     """In a transaction of its own."""
+
+    class Nobody:
+        def committed(self, first_position: int) -> None:
+            """Take no notice."""
+
+        failed = committed
+
     updates, committed = Turn.updates, Actor.committed
 
     def silent(self: Turn) -> Any:
@@ -508,8 +514,7 @@ def tell_the_end_afterwards(plant: pytest.MonkeyPatch) -> None:
         [told] = news.of_change(before, flow)
         done = news.addressed(told, flow, key=around.new_key(), now=around.clock.now())
         rows = (codec.update_row(done, fresh=True),)
-        write = write_alone(around.committer, FlowWrite(None, (), (), (), rows))
-        around.__dict__.setdefault("late", []).append(asyncio.ensure_future(write))
+        around.committer.submit(FlowWrite(None, (), (), (), rows), Nobody())
 
     plant.setattr(Turn, "updates", silent)
     plant.setattr(Actor, "committed", late)
@@ -595,11 +600,11 @@ IN_A_SCENE: tuple[tuple[Plant, Scene], ...] = (
     (begin_again_with_nothing, scenes.again),
     (follow_no_task, scenes.detached),
     (look_up_without_keeping_order, scenes.signals),
-    (open_waits_without_looking_what_is_kept, scenes.signals),
+    (open_waits_without_looking_what_is_kept, scenes.meet),
     (hand_over_the_newest, scenes.signals),
     (wake_one_of_those_who_wait, scenes.stand),
     (count_an_id_twice, scenes.signals),
-    (take_what_comes_too_late, scenes.stand),
+    (take_what_comes_too_late, scenes.too_late),
     (fire_timers_twice, scenes.stand),
     (fire_timers_early, scenes.stand),
     (wake_without_entering_again, scenes.stand),

@@ -145,6 +145,18 @@ RARE = (
     "task.retry_scheduled timed_out",
     "fault fail_open",
     "answered",
+    "race won by napping",
+    "code MailboxFull",
+    "code NotAwaited",
+    "woken by ask",
+    "ask succeeded",
+    "woke several",
+    "not answered: ChildTimedOut",
+    "decided rejected",
+    "decided expired",
+    "lingered",
+    "parked at rest",
+    "update superseded",
 )
 """What so few worlds as are usually played may do without."""
 MANY = 300

@@ -89,7 +89,11 @@ class Waiting:
         remind = [3.0, 2.0] if way else []
         try:
             told = await flow.wait(
-                "answer", timeout=timeout, on_timeout=on_timeout, remind=remind, **thread_of(flow.flow_id)
+                "answer",
+                timeout=timeout,
+                on_timeout=on_timeout,
+                remind=remind,
+                **thread_of(flow.flow_id),
             )
         except (ChildTimedOut, ChildCancelled) as error:
             told = type(error).__name__
@@ -177,9 +181,7 @@ class Waiting:
         await flow.update(state_json={"found": len(found)})
 
         async def wait() -> None:
-            found.append(
-                await flow.wait("beside", timeout=5.0, on_timeout="resume", key=LAST)
-            )
+            found.append(await flow.wait("beside", timeout=5.0, on_timeout="resume", key=LAST))
 
         async with anyio.create_task_group() as group:
             group.start_soon(wait)

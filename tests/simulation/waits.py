@@ -101,7 +101,9 @@ class Desk:
 
     def cut(self, last: int) -> None:
         """What came after a position is lost."""
-        kept = {t: [one for one in taken if one.position <= last] for t, taken in self.taken.items()}
+        kept = {
+            t: [one for one in taken if one.position <= last] for t, taken in self.taken.items()
+        }
         self.taken = {token: taken for token, taken in kept.items() if taken}
         self.letters = {t: found for t, found in self.letters.items() if found[0] <= last}
         rows = self._world.disk.written.signals
@@ -263,5 +265,3 @@ def _check_updates(world: World, write: FlowWrite) -> None:
         doc = json.loads(row.doc)
         if row.status == "delivered" and doc["idempotencyKey"] not in world.channel.received:
             raise Wrong(f"it has not arrived: {doc}")
-        if row.status in ("delivery_failed", "digested", "superseded"):
-            world.seen[f"update {row.status}"] += 1
