@@ -152,7 +152,8 @@ def explain_full(world: World, call: Call) -> bool:
         ),
         default=0,
     )
-    is_crowded = any(
+    # Also a crowd around a flow of which nothing is on record: its creation may have died with the process.
+    is_crowded = judge._crowd(world, call) > spec.MAILBOX or any(
         judge._crowd(world, replace(call, flow_id=log.now.flow_id)) > spec.MAILBOX for log in logs
     )
     if most < spec.MESSAGES and not is_crowded:
