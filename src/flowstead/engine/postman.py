@@ -27,7 +27,7 @@ from flowstead.engine.committer import Committer
 from flowstead.engine.desk import Post, write_alone
 from flowstead.engine.guard import describe
 from flowstead.engine.unit import Unit
-from flowstead.errors import Fatal, SnapshotUnreadable, StoreError, TaskSignal
+from flowstead.errors import Fatal, RuntimeClosed, SnapshotUnreadable, StoreError, TaskSignal
 from flowstead.log import get_logger
 from flowstead.model.command import NoteDelivery
 from flowstead.model.flow import FlowKey
@@ -43,6 +43,7 @@ from flowstead.store.port import Scope, Store
 log = get_logger(__name__)
 
 _PAGE: Final = 256
+_ALL: Final = 2**31 - 1
 _AGAIN_SECONDS: Final = 1.0
 _LONGEST_SECONDS: Final = 60.0
 _LONGEST_REASON: Final = 200
@@ -222,6 +223,8 @@ class Postman:
                 reply = await self._post(key, note, "runtime", unit=Unit(1, (), (row,)))
             except SnapshotUnreadable:
                 return await self._write([row])
+            except RuntimeClosed:
+                return None  # still pending: the next runtime gives it up
             except StoreError as error:
                 reason = str(error)
             else:
@@ -241,7 +244,8 @@ class Postman:
             flow_id=update.flow_id,
             statuses=(UpdateStatus.PENDING,),
             after_key=0,
-            limit=_PAGE,
+            # All of them: one that is not found here would be taken for replaced, and sent for ever.
+            limit=_ALL,
         )
         return all(other.idempotency_key != update.idempotency_key for other in pending)
 
