@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -523,6 +524,26 @@ async def test_progress_replaced_while_it_is_on_its_way_goes_out_again_with_the_
         assert len({update.idempotency_key for update in channel.began}) == 2
         [update] = await soon(flows.list_updates(flow_id))
         assert (update.status, update.current_step) == ("delivered", "newest")
+
+
+async def test_progress_is_superseded_when_a_runtime_without_a_notifier_ends_the_flow(
+    clock: ManualClock, db: Path
+):
+    channel = RecordingNotifier()
+    channel.go_down()
+    async with running(db, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flow_id = await new_flow(flows_of(runtime), notify_policy="state_changes")
+        await move(flows_of(runtime), flow_id, "half way")
+
+    async with running(db, clock=clock) as silent:
+        await finish(flows_of(silent), flow_id)
+    channel.come_up()
+    async with running(db, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await pass_time(clock, 10)
+        [progress] = await soon(flows_of(runtime).list_updates(flow_id))
+
+    assert progress.status == "superseded"
+    assert channel.updates == []
 
 
 @pytest.mark.parametrize("error", [None, ConnectionError("down"), Fatal("no")], ids=str)

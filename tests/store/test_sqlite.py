@@ -32,6 +32,7 @@ from tests.store.rows import (
     event_of,
     flow_of,
     put,
+    put_end,
     put_signal,
     put_task,
     put_update,
@@ -730,7 +731,7 @@ async def test_newer_progress_comes_whatever_happened_to_the_older(db: Path, cha
 
     await store.open()
     await put_update(store, flow, text="newer")
-    await put_update(store, other, "done", text="done")
+    await put_end(store, other)
 
     texts = [update.text for update in await store.list_updates_due(until=NOW, limit=9)]
     assert "done" in texts

@@ -77,6 +77,9 @@ class MemoryStore(MemoryWaits):
                     self._write_signal(transaction, signal)
                 for update in write.updates:
                     self._write_update(transaction, update)
+            for write in writes:
+                if write.flow is not None and write.flow.ended_at is not None:
+                    self._end_progress(transaction, write.flow.key)
         except WriteConflict:
             transaction.roll_back()
             tables.last_position = before

@@ -14,7 +14,7 @@ from flowstead.errors import SnapshotUnreadable, WriteConflict
 from flowstead.model.flow import FlowKey, StoredFlow
 from flowstead.model.signal import StoredSignal
 from flowstead.model.task import StoredTask
-from flowstead.model.update import DONE, PROGRESS, StoredUpdate, Update, UpdateStatus
+from flowstead.model.update import PROGRESS, StoredUpdate, Update, UpdateStatus
 from flowstead.store import codec
 from flowstead.store.codec import FlowRow, SignalRow, TaskRow, UpdateRow
 from flowstead.store.memory_tables import MemoryTables, Transaction
@@ -71,24 +71,23 @@ class MemoryWaits:
             if stored is not None and stored.version == row.version:
                 self._put_update(transaction, row)
             return
-        if row.slot in (DONE, PROGRESS):
-            progress = tables.slots.get((row.flow_key, PROGRESS))
-            if progress is not None and row.slot == PROGRESS:
-                version = tables.updates[progress].version
-                self._put_update(transaction, codec.replacing(row, progress, version))
-                return
-            if progress is not None:
-                self._supersede(transaction, tables.updates[progress])
+        progress = tables.slots.get((row.flow_key, PROGRESS))
+        if progress is not None and row.slot == PROGRESS:
+            version = tables.updates[progress].version
+            self._put_update(transaction, codec.replacing(row, progress, version))
+            return
         if row.key in tables.updates:
             raise WriteConflict(f"An update has the key {row.key} already.")
         transaction.insert(tables.slots, (row.flow_key, row.slot), row.key)
         self._put_update(transaction, row)
 
-    def _supersede(self, transaction: Transaction, row: UpdateRow) -> None:
-        if row.status != UpdateStatus.PENDING:
+    def _end_progress(self, transaction: Transaction, flow_key: int) -> None:
+        """Progress that has not gone out is not told after the end of its flow."""
+        progress = self.tables.slots.get((flow_key, PROGRESS))
+        if progress is None or progress not in self.tables.pending:
             return
         try:
-            update = _stored_update(row)
+            update = _stored_update(self.tables.updates[progress])
         except SnapshotUnreadable:
             # It does not go out either: what cannot be read is not due.
             return

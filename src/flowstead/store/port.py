@@ -132,8 +132,8 @@ class Store(Protocol):
 
         A signal that is not fresh is one that was kept, and still is. A fresh update takes a slot that is free;
         that of `progress` it takes from whatever update is in it, which it replaces under its key, with a higher
-        version. One for `done` also supersedes the pending progress of its flow. An update that is not fresh is
-        written over the row of its key and version; if that has moved on meanwhile, nothing happens.
+        version. An update that is not fresh is written over the row of its key and version; if that has moved on
+        meanwhile, nothing happens. A flow that ends supersedes its pending progress, that of the batch included.
 
         Raises:
             WriteConflict: One of the writes does not fit the stored rows. Nothing was written.

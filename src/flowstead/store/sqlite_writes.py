@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from flowstead.errors import SnapshotUnreadable, WriteConflict
-from flowstead.model.update import DONE, PROGRESS
+from flowstead.model.update import PROGRESS
 from flowstead.store import codec
 from flowstead.store.codec import FlowRow, FlowWrite, TaskRow, UpdateRow
 
@@ -66,6 +66,7 @@ _PROGRESS = (
     "SELECT key, owner_key, flow_key, slot, status, due_at, version, bucket, doc, crc FROM updates"
     " WHERE flow_key = ? AND slot = 'progress'"
 )
+_OUT_OF_DATE = _PROGRESS + " AND status = 'pending'"
 _COUNT_UPDATES = "UPDATE ownership SET updates = updates + ? WHERE id = 1"
 
 
@@ -110,6 +111,8 @@ def write_batch(connection: sqlite3.Connection, epoch: int, writes: Sequence[Flo
         connection.executemany(_INSERT_EVENT, rows.numbered_from(first))
         if rows.updates:
             _write_updates(connection, rows.updates)
+        for flow_key in rows.ended:
+            _end_progress(connection, flow_key)
     except BaseException as error:
         if not roll_back(connection):
             raise ConnectionSpoiled(str(error)) from error
@@ -153,6 +156,7 @@ class _Rows:
             (row.status, row.due_at, row.doc, codec.task_crc(row), row.key) for row in changed_tasks
         ]
         self.new_events = [(*row, codec.event_crc(row)) for write in writes for row in write.events]
+        self.ended = [row.key for row in changed if row.ended_at is not None]
         self.has_waits = any(map(codec.has_wait, flows)) or any(map(codec.has_wait, tasks))
         if self.has_waits:
             self.new_flows = _with_waits(self.new_flows, new_flows)
@@ -221,25 +225,24 @@ def _write_update(connection: sqlite3.Connection, row: UpdateRow) -> bool:
         values = row.status, row.due_at, row.doc, codec.update_crc(row), row.key, row.version
         connection.execute(_REPORT_UPDATE, values)
         return False
-    if row.slot in (DONE, PROGRESS):
-        stored = connection.execute(_PROGRESS, (row.flow_key,)).fetchall()
-        if stored and row.slot == PROGRESS:
-            key, version = stored[0][0], stored[0][6]
+    if row.slot == PROGRESS:
+        for stored in connection.execute(_PROGRESS, (row.flow_key,)).fetchall():
+            key, version = stored[0], stored[6]
             _replace(connection, codec.replacing(row, key, version if type(version) is int else 0))
             return False
-        if stored and stored[0][4] == b"pending":
-            _supersede(connection, stored[0])
     connection.execute(_INSERT_UPDATE, (*row[:9], codec.update_crc(row)))
     return True
 
 
-def _supersede(connection: sqlite3.Connection, stored: Sequence[Any]) -> None:
-    try:
-        update = codec.read_stored_update(codec.update_doc(stored))
-    except SnapshotUnreadable:
-        # It does not go out either: what cannot be read is not due.
-        return
-    _replace(connection, codec.superseded(codec.at_row(update, stored[0], stored[6])))
+def _end_progress(connection: sqlite3.Connection, flow_key: int) -> None:
+    """Progress that has not gone out is not told after the end of its flow."""
+    for stored in connection.execute(_OUT_OF_DATE, (flow_key,)).fetchall():
+        try:
+            update = codec.read_stored_update(codec.update_doc(stored))
+        except SnapshotUnreadable:
+            # It does not go out either: what cannot be read is not due.
+            continue
+        _replace(connection, codec.superseded(codec.at_row(update, stored[0], stored[6])))
 
 
 def _replace(connection: sqlite3.Connection, row: UpdateRow) -> None:

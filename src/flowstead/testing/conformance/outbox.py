@@ -21,8 +21,10 @@ from flowstead.testing.conformance.rows import (
     NOW,
     changes,
     creates,
+    ends,
     flow_of,
     put,
+    put_end,
     put_update,
     update_of,
     updates,
@@ -229,7 +231,7 @@ class Outbox(StoreFixtures):
         await put_update(store, flow, "reminder:1", text="reminder")
         await put_update(store, other, text="other")
 
-        await put_update(store, flow, "done", text="done", due_at=NOW + 5)
+        await put_end(store, flow, due_at=NOW + 5)
 
         [progress] = [update for update in await all_of(store) if update.text == "progress"]
         assert (progress.status, progress.due_at) == ("superseded", None)
@@ -245,7 +247,7 @@ class Outbox(StoreFixtures):
         flow = await put(store)
         progress = await put_update(store, flow, text="progress", due_at=None, status=status)
 
-        await put_update(store, flow, "done", text="done")
+        await put_end(store, flow)
 
         assert await told(store) == [("progress", status.value), ("done", "pending")]
         [shown, _] = await all_of(store)
@@ -257,10 +259,8 @@ class Outbox(StoreFixtures):
 
         await store.commit(
             [
-                updates(
-                    update_of(store.next_key(), flow, text="progress"),
-                    update_of(store.next_key(), flow, "done", text="done"),
-                )
+                updates(update_of(store.next_key(), flow, text="progress")),
+                ends(flow, update_of(store.next_key(), flow, "done", text="done")),
             ]
         )
 
@@ -271,7 +271,7 @@ class Outbox(StoreFixtures):
         flow = await put(store)
         await put_update(store, flow, text="progress", bucket="daily")
 
-        await put_update(store, flow, "done", text="done")
+        await put_end(store, flow)
 
         assert await store.list_digests_due(until=NOW, limit=9) == []
         assert await told(store) == [("progress", "superseded"), ("done", "pending")]
@@ -279,13 +279,27 @@ class Outbox(StoreFixtures):
     async def test_the_end_of_a_flow_that_is_refused_supersedes_nothing(self, store: Store) -> None:
         """A batch is written whole or not at all."""
         flow = await put(store)
-        await put_update(store, flow, "done", text="done")
+        await put_update(store, flow, "reminder:1", text="reminder")
         await put_update(store, flow, text="progress")
+        taken = update_of(store.next_key(), flow, "reminder:1")
 
         with pytest.raises(WriteConflict):
-            await put_update(store, flow, "done")
+            await store.commit([ends(flow), updates(taken)])
 
-        assert sorted(await told(store)) == [("done", "pending"), ("progress", "pending")]
+        assert await told(store) == [("reminder", "pending"), ("progress", "pending")]
+
+    async def test_progress_is_superseded_although_nobody_is_told_of_the_end(
+        self, store: Store
+    ) -> None:
+        """A runtime without a notifier may end what another one has begun to tell of."""
+        flow, other = await put(store), await put(store, "other")
+        await put_update(store, flow, text="progress")
+        await put_update(store, other, text="other")
+
+        await store.commit([ends(flow)])
+
+        assert await told(store) == [("progress", "superseded"), ("other", "pending")]
+        assert [update.text for update in await due(store)] == ["other"]
 
     # ---- how far it has come ----------------------------------------------------------------------
 
@@ -337,7 +351,7 @@ class Outbox(StoreFixtures):
         flow = await put(store)
         await put_update(store, flow, text="progress")
         [progress] = await due(store)
-        await put_update(store, flow, "done", text="done")
+        await put_end(store, flow)
 
         await store.commit([updates(replace(progress, due_at=NOW + 50), fresh=False)])
 
@@ -501,7 +515,7 @@ class Outbox(StoreFixtures):
         await put_update(store, flow, text="older")
         await put_update(store, flow, text="progress")
         [progress] = await due(store)
-        last = await put_update(store, flow, "done", text="done")
+        last = await put_end(store, flow)
         await store.commit([updates(replace(last, attempt=3), fresh=False)])
         await store.aclose()
 
@@ -558,7 +572,7 @@ class Outbox(StoreFixtures):
             await self.commit_damaged(store, write)
 
         await put_update(store, flow, text="newer")
-        await put_update(store, other, "done", text="done")
+        await put_end(store, other)
 
         assert sorted(update.text for update in await due(store)) == ["done", "newer"]
         assert len(await store.list_unreadable()) == 1

@@ -2,7 +2,7 @@
 
 Build a record (`flow_of`, `task_of`, `event_of`, `wait_of`, `signal_of`, `update_of`), put it into a write
 (`creates`, `changes`, `children`, `tells`, `signals`, `updates`), and commit a list of writes; or store one thing
-at once, a flow with its first event (`put`, `put_task`, `put_signal`, `put_update`).
+at once, a flow with its first event (`put`, `put_task`, `put_signal`, `put_update`, `put_end`).
 
 The writes keep to what the runtime writes: a flow's events are numbered from 1 without a gap, the newest one
 carries the flow's revision, and a child's flow is there before the child or comes with it. A store may insist.
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+
+from msgspec.structs import replace
 
 from flowstead.model.event import Event
 from flowstead.model.flow import (
@@ -271,6 +273,25 @@ async def put_signal(store: Store, **fields: Any) -> StoredSignal:
     signal = signal_of(store.next_key(), **fields)
     await store.commit([signals(signal)])
     return signal
+
+
+def ended(flow: StoredFlow) -> StoredFlow:
+    """The flow one revision on, at its end."""
+    return replace(flow, status=FlowStatus.SUCCEEDED, revision=flow.revision + 1, ended_at=NOW)
+
+
+def ends(flow: StoredFlow, *updates: StoredUpdate) -> FlowWrite:
+    """A write that ends a flow of one event, and tells of it."""
+    rows = [codec.update_row(update, fresh=True) for update in updates]
+    write = changes(ended(flow), seqs=[2])
+    return FlowWrite(write.flow, write.tasks, write.events, updates=rows)
+
+
+async def put_end(store: Store, flow: StoredFlow, **fields: Any) -> StoredUpdate:
+    """End a flow of one event, with the update that says so."""
+    done = update_of(store.next_key(), ended(flow), "done", text="done", **fields)
+    await store.commit([ends(flow, done)])
+    return done
 
 
 async def put_update(
