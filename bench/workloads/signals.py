@@ -54,8 +54,8 @@ _FIND: Final = {
     ),
 }
 # Of the writes that a signal brings about: the one that is a step of the controller's own.
-_STEP: Final = 2
-_WRITES: Final = {PARKED: 4, LEDGER: 1}
+_STEP: Final = 1
+_WRITES: Final = {PARKED: 3, LEDGER: 1}
 
 Answer = Callable[[int], Awaitable[None]]
 Drive = Callable[[int, Answer], Awaitable["Told"]]

@@ -152,7 +152,6 @@ def _go_on(view: View, flow: StoredFlow, over: list[tuple[str, ...]]) -> Decisio
     left = tuple(group for group in flow.awaiting if group not in over)
     ours = flow.blocked_task_id in {task_id for group in over for task_id in group}
     stood = flow.status is FlowStatus.WAITING or (flow.status is FlowStatus.BLOCKED and ours)
-    goes_on = FlowStatus.RUNNING if view.driven else FlowStatus.QUEUED
     stays = bool(left) and flow.park_at == NEVER_PARKED
     fields: dict[str, Any] = {
         "awaiting": left,
@@ -164,8 +163,11 @@ def _go_on(view: View, flow: StoredFlow, over: list[tuple[str, ...]]) -> Decisio
         return Decision(flow=after, facts=(fact,))
     if ours:
         fields |= {"blocked_task_id": None, "blocked_summary": None}
+    entered = enter_controller(view, flow)
+    # It runs from here: whoever was woken is not queued first, which would be one more commit for each.
+    goes_on = FlowStatus.RUNNING if view.driven or entered else FlowStatus.QUEUED
     after, fact = change_flow(flow, view.now, EventType.FLOW_RESUMED, status=goes_on, **fields)
-    return Decision(flow=after, facts=(fact,), effects=enter_controller(view, flow))
+    return Decision(flow=after, facts=(fact,), effects=entered)
 
 
 # ---- parking --------------------------------------------------------------------------------------
