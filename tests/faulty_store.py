@@ -35,7 +35,7 @@ NOT_WRITTEN = CommitFailed("the disk said no")
 UNKNOWN = OutcomeUnknown("the disk said nothing")
 MISFIT = WriteConflict("a row does not fit")
 
-_PATIENCE_SECONDS = 2.0
+_PATIENCE_SECONDS = 30.0
 
 
 @asynccontextmanager

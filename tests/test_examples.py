@@ -112,7 +112,7 @@ def program(tmp_path: Path) -> Program:
             },
             capture_output=True,
             encoding="utf-8",
-            timeout=60,
+            timeout=100,
         )
         assert done.returncode == exit_code, done.stdout + done.stderr
         assert exit_code or not done.stderr, done.stderr
@@ -418,7 +418,7 @@ def live(path: Path, work: Path, when: str) -> int:
     """Run a pattern in a process that dies at one of its commits, and answer how it ended."""
     commits = str(COMMITS_OF_A_LIFE[path.stem])
     command = [sys.executable, "-W", "error", "-c", DOOMED, str(path), commits, when]
-    done = subprocess.run(command, cwd=work, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=work, capture_output=True, timeout=100)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
     return done.returncode
 
@@ -607,7 +607,7 @@ def test_what_was_told_when_the_process_died_is_sent_again_and_not_told_twice(
 
     sent_again = 0
     while True:
-        died = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+        died = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=100)
         if died.returncode == 0:
             break
         assert died.returncode == -signal.SIGKILL, died.stderr.decode()
@@ -658,7 +658,7 @@ class Terminal:
 
     def ended(self) -> int:
         """Read to the end, and answer the exit code."""
-        rest, _ = self._program.communicate(timeout=60)
+        rest, _ = self._program.communicate(timeout=100)
         self._seen += rest
         return self._program.returncode
 

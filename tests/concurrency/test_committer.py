@@ -201,8 +201,8 @@ async def test_a_failing_upkeep_does_not_stop_the_commits():
         flow_id = await new_flow(flows)
         store.fail_reads("upkeep", OSError("the checkpoint failed"), times=2)
 
-        first = await soon(flows.update(flow_id=flow_id, expected_revision=0), 1)
-        second = await soon(flows.update(flow_id=flow_id, expected_revision=1), 1)
+        first = await soon(flows.update(flow_id=flow_id, expected_revision=0))
+        second = await soon(flows.update(flow_id=flow_id, expected_revision=1))
 
         assert first.applied
         assert second.applied

@@ -1115,7 +1115,7 @@ async def test_many_flows_with_controllers_run_side_by_side():
         flows = flows_of(runtime)
         ids = await asyncio.gather(*(new_flow(flows, "c") for _ in range(200)))
 
-        ended = await soon(asyncio.gather(*(flows.result(i) for i in ids)), 20)
+        ended = await soon(asyncio.gather(*(flows.result(i) for i in ids)), 60)
 
         assert {(flow.status, flow.state_json) for flow in ended} == {("succeeded", 12)}
         await settle()

@@ -151,7 +151,7 @@ async def test_at_closing_everybody_is_answered_and_what_was_answered_is_true(he
             store.looking.set()
         await soon(closing)
 
-        _, pending = await asyncio.wait(sending, timeout=1)
+        _, pending = await asyncio.wait(sending, timeout=30)
         for task in pending:
             task.cancel()
         assert not pending

@@ -903,7 +903,7 @@ async def test_two_thousand_children_complete():
         tasks = []
         for start in range(0, 2000, 500):
             tasks += await asyncio.gather(*(add(n) for n in range(start, start + 500)))
-        await soon(asyncio.gather(*(flows.wait_task(task_id) for task_id in tasks)), 20)
+        await soon(asyncio.gather(*(flows.wait_task(task_id) for task_id in tasks)), 60)
 
         assert (probe.most, probe.total) == (8, 2000)
         summary = await flows.get_task_summary(flow_id)

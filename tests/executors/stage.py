@@ -89,7 +89,7 @@ def zombies() -> list[int]:
 
 async def until(is_so: Callable[[], bool], what: str) -> None:
     """Wait for another process to get there."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while not is_so():  # noqa: ASYNC110 - another process gives no event
             await anyio.sleep(0.005)
     assert is_so(), what

@@ -340,7 +340,7 @@ class Stopping:
     async def begin(self) -> list[int]:
         """Start it and wait for its first word; answers the numbers of all its processes."""
         self.task = asyncio.create_task(self.run())
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             await self.attempt.alive.wait()
         pids = find_leftovers(self.attempt.context.task_id)
         assert pids, "vacuous: nothing runs"

@@ -233,8 +233,8 @@ async def test_when_one_child_holds_up_the_loop_no_other_times_out_and_it_is_nam
                 launch(it.flows, (it.flow_id, it.other_id)[n % 2], waits, timeout=DEADLINE)
                 for n in range(CROWD)
             )
-            crowd = await soon(asyncio.gather(*calls), 20)
-            charged = await soon(it.flows.wait_task(culprit), 20)
+            crowd = await soon(asyncio.gather(*calls), 60)
+            charged = await soon(it.flows.wait_task(culprit), 60)
             await turns()
             # What they wait for comes only now, after every timer that fell due meanwhile.
             go.set()

@@ -18,7 +18,7 @@ from tests.faulty_store import flows_of, new_flow, settle, soon
 from tests.invariants import check_all
 
 LIMITS = Limits(kill_after=5, abandon_after=25)
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 FAMILY = """
 import os, signal, sys

@@ -21,7 +21,7 @@ from tests.faulty_store import flows_of, new_flow, running, settle, soon, until
 from tests.invariants import check_all
 
 LIMITS = Limits(kill_after=5, abandon_after=25, shutdown_grace=0.01)
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 class Thread:

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 LEVELS = 5
 BRANCHES = 2
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 Plan = dict[str, Any]
 

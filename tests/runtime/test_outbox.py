@@ -168,7 +168,7 @@ class Scene:
 
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
     """Wait for what the thread of a file has to bring about first."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 

@@ -383,7 +383,7 @@ async def test_many_callers_with_one_id_are_all_answered_and_one_payload_is_take
         told = Counter(report.code.value for report in reports)
         assert told["duplicate"] == 49
         [winner] = [n for n, report in enumerate(reports) if report.code != "duplicate"]
-        ended = await soon(flows.result(flow.flow_id), 20)
+        ended = await soon(flows.result(flow.flow_id), 60)
         assert ended.state_json == {"answered": winner}
 
 
@@ -838,7 +838,7 @@ async def test_nobody_who_sends_a_signal_is_left_waiting_when_the_runtime_closes
         store.release()
         await soon(closing)
 
-        done, pending = await asyncio.wait(sending, timeout=1)
+        done, pending = await asyncio.wait(sending, timeout=30)
 
         for task in pending:
             task.cancel()

@@ -268,7 +268,7 @@ async def test_a_token_is_in_no_event_no_wait_json_and_no_log(
 
         wrong = await runtime.answer(tokens[0], "no number")
         right = [await runtime.answer(token, 1) for token in tokens]
-        await soon(flows.result(flow.flow_id), 20)
+        await soon(flows.result(flow.flow_id), 60)
         told = [
             await flows.get(flow.flow_id),
             *await flows.history(flow.flow_id),
