@@ -65,7 +65,8 @@ def open_runtime(
         limits: Bounds and grace periods.
         takeover: Take the store from a runtime that is frozen; it will not be able to write any more.
         notifier: Who takes updates to the owners of flows. Without one none are written.
-        deliveries: How often, and how far apart, an update is offered to the notifier before it is given up.
+        deliveries: How often, and how far apart, an update is offered to the notifier before it is given up; by
+            default over more than three days.
         digest_time: When what was put by for a digest goes out; 18:00 UTC unless given.
 
     Raises:

@@ -484,6 +484,28 @@ async def test_ten_changes_while_the_channel_is_down_are_one_message_with_the_ne
         assert (update.status, update.current_step, update.revision) == ("delivered", "step 9", 10)
 
 
+async def test_a_channel_that_is_down_for_three_days_loses_nothing_unless_the_host_wants_it_so(
+    clock: ManualClock,
+):
+    channel = RecordingNotifier()
+    channel.go_down()
+    async with running(clock=clock, notifier=channel) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows)
+        await finish(flows, flow_id)
+        for _ in range(3 * 24):
+            clock.advance(3600)
+            await settle()
+
+        channel.come_up()
+        clock.advance(3600)
+        await settle()
+
+        assert told(channel.updates) == ["test is done."]
+        [update] = await soon(flows.list_updates(flow_id))
+        assert update.status == "delivered"
+
+
 async def test_progress_that_has_not_gone_out_is_superseded_by_the_end(clock: ManualClock):
     channel = RecordingNotifier()
     channel.go_down()

@@ -45,8 +45,9 @@ _RECOVER_AGAIN_SECONDS: Final = 1.0
 _KILL_SECONDS: Final = 2.0
 _GIVEN_UP_SECONDS: Final = 0.2
 _LET_GO_AT_ONCE: Final = 2_000
-DELIVERIES: Final = Retry(max_attempts=12, initial=1.0, factor=2.0, max_delay=3600.0)
-"""How often, and how far apart, an update is offered to the notifier, unless the host says otherwise."""
+DELIVERIES: Final = Retry(max_attempts=96, initial=1.0, factor=2.0, max_delay=3600.0)
+"""How often, and how far apart, an update is offered to the notifier, unless the host says otherwise: for more than
+three days, so that a channel that is down over a weekend loses nothing."""
 _RUNTIME: Final = "runtime"
 
 
