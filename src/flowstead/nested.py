@@ -3,13 +3,15 @@
 Theory of operation. The child's row names the flow it stands for before that flow exists, so that it can be found
 again: after a crash the runner is started once more under the same attempt, and finds the flow or makes it. It
 ends when the flow has ended, never before; so a parent cannot be final while anything lives below it. A stop of
-the child cancels the flow, an intent above is passed on as an intent, and shutdown leaves the flow alone.
+the child cancels the flow, an intent above is passed on as an intent, and shutdown leaves the flow alone. From
+the moment at which either is to be passed on nothing starts in the flow, however long its disk refuses the record.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from functools import partial
 from typing import Any, Final
 
 import anyio
@@ -110,9 +112,9 @@ class NestedRunner:
         alive = self._census.enter(self._parent.owner_key, root_id)
         end = self._engine.flow_ends.register(self._key)
         drained = asyncio.Event()
-        self._child.on_drain(drained.set)
         flow: Flow | None
         self._engine.supervisor.attended.add(self._key)
+        self._child.on_drain(partial(self._drain, drained))
         try:
             if self._child.scope.cancel_called:
                 raise asyncio.CancelledError
@@ -138,10 +140,28 @@ class NestedRunner:
         message = f"{alive - 1} flows are alive under one already; the limit is {self._census.most}"
         raise EndsAs(Failed(Failure(kind="limit_reached", message=message)))
 
+    def _drain(self, drained: asyncio.Event) -> None:
+        """An intent stands above. It may be told again, long after it has been passed on."""
+        if not drained.is_set():
+            self._hold()
+            drained.set()
+
+    def _hold(self) -> None:
+        """Let nothing start in the flow until it knows what is to be passed on to it."""
+        self._engine.supervisor.attended.discard(self._key)
+
+    async def _pass_on(self, stop: RequestCancel | Cancel) -> Reply:
+        """Have the flow be stopped, and let it move again once that is on record."""
+        self._hold()
+        reply = await self._tell(stop)
+        self._engine.supervisor.attended.add(self._key)
+        self._engine.wake(self._key)
+        return reply
+
     async def _see_to_its_end(self, end: asyncio.Future[bytes], drained: asyncio.Event) -> Flow:
         if drained.is_set():
             # An intent stands above: it has to be there before anything moves again.
-            asked = await self._tell(RequestCancel(expected_revision=None))
+            asked = await self._pass_on(RequestCancel(expected_revision=None))
             if asked.refusal is not None and asked.refusal.code is Code.NOT_FOUND:
                 raise EndsAs(
                     Cancelled(Failure(kind="cancelled", message="the flow was never made"))
@@ -157,7 +177,7 @@ class NestedRunner:
         try:
             await _first_of(end, draining)
             if draining.done() and not end.done():
-                await self._tell(RequestCancel(expected_revision=None))
+                await self._pass_on(RequestCancel(expected_revision=None))
             await asyncio.wait({end})
         finally:
             draining.cancel()
@@ -165,7 +185,7 @@ class NestedRunner:
 
     async def _cancel(self, end: asyncio.Future[bytes]) -> Flow | None:
         """Cancel the flow, and wait until it has ended; None if it was never made."""
-        reply = await self._tell(Cancel())
+        reply = await self._pass_on(Cancel())
         if reply.refusal is not None and reply.refusal.code is Code.NOT_FOUND:
             return None
         if reply.doc is not None and has_ended(flow := codec.read_flow(reply.doc)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -503,6 +504,156 @@ async def test_an_intent_that_was_not_passed_on_in_time_is_passed_on_after_the_r
         assert "b" not in tree.started
         assert (await flow_of(flows, outer)).status == "cancelled"
         await check_whole(flows, outer)
+
+
+@pytest.mark.parametrize("event", ["flow.cancel_requested", "task.cancel_requested"])
+@pytest.mark.parametrize("is_clean", [True, False], ids=["closed", "crashed"])
+async def test_nothing_starts_below_a_stop_that_the_disk_keeps_from_coming_down_after_a_restart(
+    is_clean: bool, event: str, tree: Tree, clock: ManualClock
+):
+    tables = MemoryTables()
+    store = Picky(tables=tables)
+    async with staged(tree, clock, store) as runtime:
+        flows = flows_of(runtime)
+        outer = await new_flow(flows, "outer")
+        await settle()
+        store.fail_events("inner", "flow.cancel_requested", (NOT_WRITTEN, False), times=1000)
+        await stop_from_above(flows, outer, event, clock)
+        if not is_clean:
+            thief = MemoryStore(tables)
+            await thief.open(takeover=True)
+            await thief.aclose()
+    assert tree.started == ["a"]
+    tree.go.set()
+
+    store = Picky(tables=tables)
+    store.fail_events("inner", "flow.cancel_requested", (NOT_WRITTEN, False), times=1000)
+    async with staged(tree, clock, store) as runtime:
+        flows = flows_of(runtime)
+        # Between two tries somebody else has the flow below be loaded and written.
+        await pass_time(clock, 1.5)
+        inner = await inner_of(flows)
+        updating = flows.update(flow_id=inner.flow_id, expected_revision=inner.revision)
+        assert (await soon(updating)).applied
+        await pass_time(clock, 30)
+        assert store.failed >= 2, "vacuous: it came down"
+        assert tree.started == ["a"]
+
+        store._times = 0
+        await pass_time(clock, 100)
+
+        assert tree.started == ["a"]
+        assert (await flow_of(flows, outer)).status == "cancelled"
+        await check_whole(flows, outer)
+        assert holds_nothing(runtime)
+
+
+@pytest.mark.parametrize("event", ["flow.cancel_requested", "task.cancel_requested"])
+async def test_nothing_starts_below_a_stop_that_the_disk_keeps_from_coming_down(
+    event: str, tree: Tree, clock: ManualClock
+):
+    store = Picky()
+    async with staged(tree, clock, store) as runtime:
+        flows = flows_of(runtime)
+        outer = await new_flow(flows, "outer")
+        await settle()
+        store.fail_events("inner", "flow.cancel_requested", (NOT_WRITTEN, False), times=1000)
+        await stop_from_above(flows, outer, event, clock)
+        # The first child ends, and the controller below wants its next one.
+        tree.go.set()
+        await pass_time(clock, 30)
+        assert store.failed >= 2, "vacuous: it came down"
+        inner = await inner_of(flows)
+        assert [task.status for task in await flows.list_tasks(inner.flow_id)] == [
+            "succeeded",
+            "queued",
+        ]
+
+        store._times = 0
+        await pass_time(clock, 5)
+
+        assert tree.started == ["a"]
+        assert (await flow_of(flows, outer)).status == "cancelled"
+        await check_whole(flows, outer)
+        assert holds_nothing(runtime)
+
+
+async def test_a_flow_that_is_woken_while_an_intent_comes_down_goes_on_once_it_has(
+    clock: ManualClock,
+):
+    ends = Counter[str]()
+    for steps in range(40):
+        tree = Tree()
+
+        @tree.registry.controller("above")
+        async def above(flow: FlowContext) -> None:
+            await flow.run(Nested("patient"), name="nested")
+
+        @tree.registry.controller("patient")
+        async def patient(flow: FlowContext) -> None:
+            await flow.finish(state_json=await flow.wait("word", about="it"))
+
+        limits = Limits(cancel_grace=60, park_seconds=1)
+        async with staged(tree, clock, limits=limits) as runtime:
+            flows = flows_of(runtime)
+            outer = await new_flow(flows, "above")
+            await pass_time(clock, 2)
+            [inner] = await flows.list(controller_id="patient")
+            key = FlowKey("owner", inner.flow_id)
+            assert not runtime._engine.supervisor.is_driven(key), "vacuous: it is not parked"
+
+            asking = asyncio.create_task(request_at_once(flows, outer))
+            await turns(steps)
+            told = await soon(flows.signal(about="it", payload="the word"))
+            await soon(asking)
+            await pass_time(clock, 3)
+
+            inner = await flow_of(flows, inner.flow_id)
+            if told.code == "matched":
+                assert (inner.status, inner.state_json) == ("succeeded", "the word")
+            ends[f"{told.code} {inner.status}"] += 1
+    assert ends["matched succeeded"] and len(ends) > 1, f"vacuous: always the same: {ends}"
+
+
+async def test_an_intent_that_is_told_again_once_it_has_come_down_holds_nothing_up(
+    tree: Tree, clock: ManualClock
+):
+    store = Picky()
+    async with staged(tree, clock, store) as runtime:
+        flows = flows_of(runtime)
+        outer = await new_flow(flows, "outer")
+        await settle()
+        assert (await request(flows, outer)).applied
+        await settle()
+        inner = await inner_of(flows)
+        assert inner.cancel_requested_at, "vacuous: it has not come down"
+
+        # What its commit did is not known, so the flow above is loaded again, and tells of its intent again.
+        store.fail_events("outer", "flow.updated", (UNKNOWN, True))
+        revision = (await flow_of(flows, outer)).revision
+        answer = await soon(flows.update(flow_id=outer, expected_revision=revision))
+        assert answer.code == "outcome_unknown"
+        await pass_time(clock, 3)
+
+        assert FlowKey("owner", inner.flow_id) in runtime._engine.supervisor.attended
+        tree.go.set()
+        await pass_time(clock, 3)
+        assert (await inner_of(flows)).status == "cancelled"
+        await check_whole(flows, outer)
+
+
+async def stop_from_above(
+    flows: SessionFlows, outer_id: str, event: str, clock: ManualClock
+) -> None:
+    """Have such an event be written above, and see that it is: an intent alone, or the stop of the child."""
+    if event == "flow.cancel_requested":
+        assert (await request(flows, outer_id)).applied
+    else:
+        cancelling = asyncio.create_task(flows.cancel(outer_id, grace=1))
+        await pass_time(clock, 1.1)
+        assert (await soon(cancelling)).code == "cancel_pending"
+    assert event in [each.type for each in await flows.history(outer_id)]
+    await settle()
 
 
 async def test_wherever_an_intent_finds_a_nested_flow_nothing_starts_below_once_it_has_it(

@@ -318,8 +318,8 @@ class Actor:
             # Last, so that what was cut off is not started first and stopped by one of these.
             turn.take(Recover(), _RUNTIME)
             turn.take(Tick(), _RUNTIME)
-            # As long as the flow is held nothing was set in motion: that is still to come.
-            self._to_recover = is_held
+        # As long as the flow is held nothing is set in motion: that is still to come.
+        self._to_recover = is_held
         around.unregistered(self.key, turn.unregistered)
         flow = view.flow
         if flow is None or not (turn.events or turn.tasks or flow is not self._flow):
@@ -377,7 +377,8 @@ class Actor:
     def _is_held(self) -> bool:
         """Whether nothing of the flow may start, because nobody stands for it in the flow above.
 
-        An intent may stand up there that has not come down yet; whoever stands for it brings it along.
+        An intent may stand up there that has not come down yet; whoever stands for it brings it along, and does
+        not count until it is on record here.
         """
         flow = self._flow
         nested = flow is not None and flow.parent_task_id is not None and not has_ended(flow)

@@ -128,7 +128,7 @@ class Engine:
                 post=self.ask,
             )
         )
-        self._slots = Slots(limits.running_in_all, most_of, self._wake)
+        self._slots = Slots(limits.running_in_all, most_of, self.wake)
         self._around = Surroundings(
             clock=clock,
             limits=limits,
@@ -316,7 +316,8 @@ class Engine:
         if key not in self._actors or not self._actors[key].mailbox.holds(Tick):
             self._post(key, Tick())
 
-    def _wake(self, key: FlowKey) -> None:
+    def wake(self, key: FlowKey) -> None:
+        """Have a flow look at what may start or go on."""
         self._post(key, Wake())
 
     def _post(self, key: FlowKey, command: Command) -> None:

@@ -149,7 +149,7 @@ class Supervisor:
         self.ignored_stops = self.abandoned = 0
         self._given_up: Counter[FlowKey] = Counter()
         self.attended: set[FlowKey] = set()
-        """The nested flows for which a child of the flow above stands."""
+        """The nested flows for which a child of the flow above stands, with nothing left to pass on to them."""
         self.interrupted: dict[FlowKey, dict[str, bool]] = {}
         """Children without an outcome, and whether their code had begun."""
 
