@@ -141,7 +141,8 @@ class CancelReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     With code `cancel_pending` the intent stands and `tasks` are the children still active; the flow ends when
     they do. With `abandoned` the flow is cancelled, but code that would not stop was given up and may still run.
     Otherwise `tasks` are all children. `descendants` has a line for each child, however deep, that was alive
-    when the cancel began: how it ended, or why it has not, and when.
+    when the cancel began: how it ended, or why it has not, and when. What others run for a flow below that has
+    ended by itself goes on whatever becomes of this one, and its line says so.
 
     Work that a child has put behind `asyncio.shield`, `asyncio.create_task` or an executor of its own is out of
     the runtime's sight. Task groups, shielded scopes and `anyio.to_thread` are not.

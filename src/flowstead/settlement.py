@@ -60,11 +60,12 @@ async def settle(
         asked_at = flow.cancel_requested_at
         since = asked_at if since is None else since
         for task in await store.list_tasks(Scope(here.owner_key), here.flow_id):
+            if task.child_flow_id is not None:
+                # Even if it has ended long ago: what others run for its flow may go on.
+                unseen.append((FlowKey(here.owner_key, task.child_flow_id), depth + 1))
             if since is not None and _ended_before(task, since):
                 continue
             lines.append(_line(flow, task, depth, hint_of))
-            if task.child_flow_id is not None:
-                unseen.append((FlowKey(here.owner_key, task.child_flow_id), depth + 1))
     return lines
 
 

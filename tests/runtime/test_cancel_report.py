@@ -383,6 +383,32 @@ def test_cancelling_one_nested_flow_reports_its_own_tree_only(lives: Lives, crew
     assert _by_name(report).keys() == {"obeys", "below"}
 
 
+def test_what_others_run_for_a_flow_below_that_had_ended_goes_on_and_is_told(
+    lives: Lives, crew: Crew
+) -> None:
+    @lives.registry.controller("holder")
+    async def holder(flow: FlowContext) -> None:
+        await flow.run(Nested("crew"), [], name="below")
+        await asyncio.get_running_loop().create_future()
+
+    flow = crew.begin(controller_id="holder")
+    below = str(lives.child(flow.flow_id, "below").child_flow_id)
+    done, left = (lives.play(link(lives.flows, below)) for _ in range(2))
+    lives.play(lives.flows.complete_task(done.task_id))
+    crew.may_end.set()
+    lives.pass_time(1)
+    assert lives.flow(below).status == "succeeded", "vacuous: it has not ended"
+
+    report = _cancel(lives, flow)
+
+    assert (report.cancelled, report.code) == (True, None)
+    [line] = report.descendants
+    assert (line.flow_id, line.task_id, line.depth) == (below, left.task_id, 1)
+    assert (line.state, line.status, line.asked_at) == ("running", "running", None)
+    assert line.why == "it has not been asked to stop, and goes on"
+    assert lives.task(left.task_id).ended_at is None
+
+
 def test_a_flow_that_finishes_by_itself_in_the_face_of_a_cancel_says_so(lives: Lives) -> None:
     @lives.registry.controller("proud")
     async def proud(flow: FlowContext) -> None:
