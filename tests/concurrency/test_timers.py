@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from flowstead import Registry, Retry, StoreUnusable, TaskContext
+from flowstead.engine.actor import Actor
 from flowstead.engine.timers import Timers
 from flowstead.model.flow import FlowKey
 from flowstead.store.memory import MemoryStore
@@ -412,3 +415,37 @@ async def test_a_tick_for_a_flow_that_is_not_there_harms_nobody():
         assert runtime.statistics().flows_in_memory == 0
         assert store.attempts == 0
         assert await soon(new_flow(flows_of(runtime)))
+
+
+@pytest.mark.parametrize("how", ["in memory", "just loaded"])
+async def test_a_clock_that_is_put_back_between_an_instant_and_its_turn_loses_nothing(
+    how: str, monkeypatch: pytest.MonkeyPatch
+):
+    store, clock, registry = MemoryStore(), ManualClock(), Registry()
+    attempts = flaky(registry, 3)
+    put_back: list[int] = []
+
+    def back() -> None:
+        put_back.append(clock.now())
+        clock.set(clock.now() - 2_000)
+
+    async with running(store, clock=clock, registry=registry) as runtime:
+        flow_id = await new_flow(flows_of(runtime))
+        await flows_of(runtime).run_task(flow_id=flow_id, task="t", run="flaky")
+        await settle()
+        loaded = Actor.loaded
+        monkeypatch.setattr(Actor, "loaded", lambda *args: (loaded(*args), back()))
+        if how == "just loaded":
+            runtime._engine._actors.clear()
+
+        clock.advance(3)
+        if how == "in memory":
+            back()
+        await settle()
+        assert len(put_back) == 1
+        assert attempts == [1]
+        for _ in range(4):
+            clock.advance(1)
+            await settle()
+
+        assert attempts == [1, 2]

@@ -157,11 +157,14 @@ class Actor:
         "asked_at",
         "key",
         "mailbox",
+        "ticked_at",
     )
 
     def __init__(self, key: FlowKey, around: Surroundings, *, is_new: bool) -> None:
         self.key = key
         self.asked_at = 0
+        self.ticked_at = 0
+        """What time it was when it was last said that something is due."""
         self.mailbox = Mailbox(around.limits.mailbox)
         self._around = around
         self._draft: Draft | None = None
@@ -236,6 +239,7 @@ class Actor:
             self._children = Children.of(snapshot.active, snapshot.run_ids)
             self._to_recover = True
             # What is overdue is seen to in the first turn; a timer for it would fire at once, again and again.
+            self.ticked_at = self._around.clock.now()
             self._note_dues(snapshot.flow, snapshot.active, overdue=False)
         self._clear_doubt(snapshot)
         self._wake()
@@ -289,6 +293,10 @@ class Actor:
         """Decide every envelope. What changed nothing is answered here, the rest is drafted."""
         around = self._around
         now = self.asked_at = around.clock.now()
+        if now < self.ticked_at and self._flow is not None:
+            # The clock was put back since: what was due is still to come, and the timers have let go of it.
+            self._note_dues(self._flow, self._children.active.values(), overdue=False)
+        self.ticked_at = 0
         is_held = self._is_held()
         view = View(
             self._flow,

@@ -312,8 +312,12 @@ class Engine:
         self._actor(key, False).nudge()
 
     def _tick(self, key: FlowKey) -> None:
+        if self._is_closed:
+            return
+        actor = self._actor(key, False)
+        actor.ticked_at = max(actor.ticked_at, self.clock.now())
         # While a disk is slow instants go on coming due; their ticks must not crowd callers out of the mailbox.
-        if key not in self._actors or not self._actors[key].mailbox.holds(Tick):
+        if not actor.mailbox.holds(Tick):
             self._post(key, Tick())
 
     def wake(self, key: FlowKey) -> None:
