@@ -132,16 +132,25 @@ def test_what_is_told_before_anybody_takes_it_is_kept_in_order(
 
 
 @IN_MEMORY
+@pytest.mark.parametrize("ids", ["none", "some", "all", "twice"])
 @pytest.mark.parametrize("is_idle", [False, True])
 def test_many_who_write_at_once_are_heard_in_the_order_of_their_calls(
-    lives: Lives, is_idle: bool
+    lives: Lives, is_idle: bool, ids: str
 ) -> None:
+    def id_of(n: int) -> dict[str, str]:
+        named = {"none": False, "some": n % 3 == 0, "all": True, "twice": n % 2 == 0}[ids]
+        return {"id": f"mail-{n}"} if named else {}
+
     clerk = Clerk(lives)
     if is_idle:
         clerk.be_idle()
 
     async def all_at_once() -> None:
-        told = [lives.flows.tell(clerk.flow_id, n) for n in range(60)]
+        told = [
+            lives.flows.tell(clerk.flow_id, n, **id_of(n))
+            for n in range(60)
+            for _ in range(2 if ids == "twice" and id_of(n) else 1)
+        ]
         await asyncio.gather(*told)
         await lives.flows.tell(clerk.flow_id, "end")
 

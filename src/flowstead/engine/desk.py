@@ -8,6 +8,8 @@ is kept. Since every job reads what the jobs before it have committed, a signal 
 whichever comes first; and after a crash the same index tells which have met.
 
 A signal with an id passes a lane of that id first, so that of two with the same id the second finds the first.
+What is addressed to one flow is posted in the order in which it came, so that none with an id, which is looked up
+first, is overtaken by one without. Each waits for earlier ones only, so these lines and the lanes cannot lock up.
 """
 
 from __future__ import annotations
@@ -117,6 +119,8 @@ class Desk:
         self._clock = clock
         self._post = post
         self._lanes = Lanes()
+        # Of each flow the last that came and is not posted yet.
+        self._unposted: dict[FlowKey, asyncio.Future[None]] = {}
         self._lookups: list[tuple[WaitLookup, asyncio.Future[WaitsFound]]] = []
         self._reading: asyncio.Task[None] | None = None
         self._to_see_to: set[tuple[str, str]] = set()
@@ -266,23 +270,44 @@ class Desk:
         signal_id: str | None,
         wait_key: str,
     ) -> Reply | None:
-        """Post an answer to one flow, once for each id; None if the id is known.
+        """Post an answer to one flow, once for each id and in the order of the calls; None if the id is known.
 
         Cancelling the caller takes nothing back.
         """
-        if signal_id is None:
+        before = self._unposted.get(key)
+        if signal_id is None and before is None:
             return await asyncio.shield(self._post(key, command, actor))
+        posted = self._unposted[key] = asyncio.get_running_loop().create_future()
+        named = posted if signal_id is None else ("id", key.owner_key, signal_id)
         signal = Signal(owner_key=key.owner_key, wait_key=wait_key, signal_id=signal_id)
-        job = partial(self._send_once, key, command, actor, signal)
-        return await asyncio.shield(self._lanes.put(("id", key.owner_key, signal_id), job))
+        job = partial(self._send_in_turn, key, command, actor, signal, before, posted)
+        return await asyncio.shield(self._lanes.put(named, job))
 
-    async def _send_once(
-        self, key: FlowKey, command: Command, actor: str, signal: Signal
+    async def _send_in_turn(
+        self,
+        key: FlowKey,
+        command: Command,
+        actor: str,
+        signal: Signal,
+        before: asyncio.Future[None] | None,
+        posted: asyncio.Future[None],
     ) -> Reply | None:
-        if (await self._look_up(key.owner_key, signal.wait_key, signal.signal_id)).is_known:
-            return None
-        unit = Unit(1, (self._row(signal, taken_by=key.flow_id),))
-        return await self._post(key, command, actor, unit=unit)
+        unit, found = None, None
+        if signal.signal_id is not None:
+            found = self._look_up(key.owner_key, signal.wait_key, signal.signal_id)
+        try:
+            if before is not None:
+                await before
+            if found is not None:
+                if (await found).is_known:
+                    return None
+                unit = Unit(1, (self._row(signal, taken_by=key.flow_id),))
+            asked = self._post(key, command, actor, unit=unit)
+        finally:
+            posted.set_result(None)
+            if self._unposted[key] is posted:
+                del self._unposted[key]
+        return await asked
 
     async def _deliver(
         self,
@@ -318,9 +343,9 @@ class Desk:
 
     # ---- looking up -------------------------------------------------------------------------------
 
-    async def _look_up(
+    def _look_up(
         self, owner_key: str, wait_key: str, signal_id: str | None, *, only_kept: bool = False
-    ) -> WaitsFound:
+    ) -> asyncio.Future[WaitsFound]:
         """Who waits and what is kept; many are asked in one read."""
         found: asyncio.Future[WaitsFound] = asyncio.get_running_loop().create_future()
         asked = WaitLookup(
@@ -333,7 +358,7 @@ class Desk:
         self._lookups.append((asked, found))
         if self._reading is None:
             self._reading = asyncio.create_task(self._read(), name="flowstead desk")
-        return await found
+        return found
 
     async def _read(self) -> None:
         try:
