@@ -104,6 +104,8 @@ class CodeSource:
                 raise Parked from error
             raise
         finally:
+            if flow.is_parked:
+                flow.close()
             if self._contexts.get(key) is flow:
                 del self._contexts[key]
         if flow.is_parked:

@@ -107,6 +107,10 @@ class FlowContext(FlowWaits):
         """End the controller where it waits; the runtime's own affair."""
         self._standing.park()
 
+    def close(self) -> None:
+        """Let go of what a parked controller has begun to wait for; the runtime's own affair."""
+        self._steps.close()
+
     # ---- steps ------------------------------------------------------------------------------------
 
     async def run(

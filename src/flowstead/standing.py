@@ -43,7 +43,7 @@ class Standing:
         Raises:
             CancelPending: A cancel is requested, and none of them has ended.
         """
-        ends = {d.task_id: self._steps.engine.task_ends.register(d.task_id) for d in drafts}
+        ends = {d.task_id: self._steps.end_of(d.task_id) for d in drafts}
         begun: list[Begun] = []
         try:
             await self._begin(names, drafts, ends, begun)

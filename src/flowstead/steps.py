@@ -53,6 +53,7 @@ class Steps:
         self.key = key
         self._functions = functions
         self._named: Counter[str] = Counter()
+        self._ends: set[asyncio.Future[bytes]] = set()
         self.is_parked = False
         """Whether the controller has been ended where it waited: it may tidy up, and no more."""
 
@@ -65,6 +66,18 @@ class Steps:
         if self.is_parked:
             raise Parked
         return await self.engine.ask_patiently(self.key, command, CONTROLLER, posted=posted)
+
+    def close(self) -> None:
+        """Have nothing kept for this run of the controller, whose steps go on without it."""
+        for end in tuple(self._ends):
+            end.cancel()
+
+    def end_of(self, task_id: str) -> asyncio.Future[bytes]:
+        """A future for the record of a child's end, until `close`."""
+        end = self.engine.task_ends.register(task_id)
+        self._ends.add(end)
+        end.add_done_callback(self._ends.discard)
+        return end
 
     # ---- making them ------------------------------------------------------------------------------
 
@@ -158,8 +171,7 @@ class Steps:
         Raises:
             CancelPending: A cancel is requested, and one of the steps is new.
         """
-        engine = self.engine
-        waiting = {draft.task_id: engine.task_ends.register(draft.task_id) for draft in drafts}
+        waiting = {draft.task_id: self.end_of(draft.task_id) for draft in drafts}
         bound = [
             draft
             for draft in drafts
@@ -207,7 +219,7 @@ class Steps:
 
     async def join(self, task_id: str) -> asyncio.Future[bytes] | None:
         """The end of a step that is under way already, begun by an earlier run of this controller."""
-        end = self.engine.task_ends.register(task_id)
+        end = self.end_of(task_id)
         try:
             task = (await self.recorded([task_id]))[task_id]
         except BaseException:

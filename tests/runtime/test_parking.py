@@ -739,6 +739,36 @@ async def test_a_thousand_parked_flows_are_rows_and_neither_tasks_nor_timers(
         assert left == {"succeeded": MANY // 2 + 1, "failed": MANY // 2 - 1}
 
 
+def test_a_flow_parked_again_and_again_beside_open_steps_leaves_nothing_in_memory(
+    lives: Lives,
+) -> None:
+    entered: list[int] = []
+
+    async def it(flow: FlowContext) -> None:
+        entered.append(flow.revision)
+        open_ones = [await flow.open_wait("stop"), await flow.start_timer("end", 1e7)]
+        open_ones.append(await flow.start("work", name="beside"))
+        for number in range(5):
+            await flow.sleep(f"nap {number}", LONG)
+        await flow.select(*open_ones)
+
+    async def work(_context: TaskContext, _input: Any) -> None:
+        await asyncio.sleep(1e6)
+
+    lives.registry = registry_of(it=it)
+    lives.registry.task(name="work")(work)
+    flow_id = begun(lives, "it", LONG / 2)
+
+    held = []
+    for _ in range(8):
+        waiters = lives.runtime._engine.task_ends._waiting
+        held.append(sum(map(len, waiters.values())))
+        lives.pass_time(LONG)
+
+    assert lives.told(flow_id).count("flow.parked") == len(entered) == 6
+    assert held == [0] * 8
+
+
 # ---- faults ---------------------------------------------------------------------------------------
 
 
