@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from flowstead import (
     Retry,
     Runtime,
     SessionFlows,
+    SnapshotUnreadable,
     StoreError,
     Transient,
     Update,
 )
+from flowstead.store import codec
 from flowstead.store.codec import FlowWrite
 from flowstead.testing import ManualClock, RecordingNotifier
 from tests.faulty_store import (
@@ -188,15 +192,29 @@ async def test_every_attempt_carries_the_same_key_and_its_own_number(clock: Manu
         assert runtime.statistics().delivered == 1
 
 
+class RateLimited(Exception):
+    """As the libraries of channels have it."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("slow down")
+        self.retry_after = retry_after
+
+
 @pytest.mark.parametrize(
-    ("asked", "waits"),
-    [(45.0, 45.0), (0.5, 4.0), (None, 4.0), (0.0, 4.0)],
+    ("error", "waits"),
+    [
+        (Transient("busy", retry_after=45.0), 45.0),
+        (Transient("busy", retry_after=0.5), 4.0),
+        (Transient("busy", retry_after=None), 4.0),
+        (Transient("busy", retry_after=0.0), 4.0),
+        (RateLimited(45.0), 45.0),
+    ],
 )
 async def test_a_channel_that_names_a_time_is_left_alone_until_then_and_no_shorter_than_usual(
-    clock: ManualClock, asked: float | None, waits: float
+    clock: ManualClock, error: Exception, waits: float
 ):
     channel = RecordingNotifier()
-    channel.fail_next(error=Transient("busy", retry_after=asked))
+    channel.fail_next(error=error)
     policy = Retry(max_attempts=3, initial=4.0, jitter=0.0)
     async with running(clock=clock, notifier=channel, deliveries=policy) as runtime:
         await end_a_flow(flows_of(runtime))
@@ -207,10 +225,40 @@ async def test_a_channel_that_names_a_time_is_left_alone_until_then_and_no_short
         assert told(channel.updates) == ["test is done."]
 
 
-@pytest.mark.parametrize("asked", [-5.0, float("nan"), float("inf"), -float("inf"), 1e300, 1e10])
-async def test_a_time_that_makes_no_sense_is_kept_within_a_day(clock: ManualClock, asked: float):
+class Unasked(Transient):
+    """Says of itself that it may work later, and never when."""
+
+    def __init__(self) -> None:
+        Exception.__init__(self, "later")
+
+
+class Evasive(Exception):
+    @property
+    def retry_after(self) -> float:
+        raise ZeroDivisionError("no time")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            Transient("busy", retry_after=asked)  # type: ignore[arg-type]
+            for asked in (-5.0, float("nan"), float("inf"), -float("inf"), 1e300, 1e10)
+        ),
+        *(
+            Transient("busy", retry_after=asked)  # type: ignore[arg-type]
+            for asked in (10**400, -(10**400), True, "30", [], Decimal("sNaN"), timedelta(hours=1))
+        ),
+        Unasked(),
+        Evasive(),
+    ],
+    ids=lambda error: f"{type(error).__name__} {vars(error).get('retry_after')!r:.12}",
+)
+async def test_a_time_that_makes_no_sense_is_kept_within_a_day(
+    clock: ManualClock, error: Exception
+):
     channel = RecordingNotifier()
-    channel.fail_next(error=Transient("busy", retry_after=asked))
+    channel.fail_next(error=error)
     async with running(clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
         await end_a_flow(flows_of(runtime))
 
@@ -363,6 +411,29 @@ async def test_a_notifier_that_does_not_hear_that_it_is_cut_off_keeps_nobody_wai
 
         assert told(channel.updates) == ["plain is done."]
         assert (update.status, update.attempt) == ("delivery_failed", 2)
+
+
+async def test_an_update_that_cannot_even_be_handed_over_is_given_up_like_any_other(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    channel, read = RecordingNotifier(), codec.read_update
+
+    def unreadable(doc: bytes) -> Update:
+        if b'"goal":"odd"' in doc:
+            raise SnapshotUnreadable("an update", "its data is nested too deeply")
+        return read(doc)
+
+    policy = Retry(max_attempts=3, initial=1.0, factor=1.0, jitter=0.0)
+    async with running(clock=clock, notifier=channel, deliveries=policy) as runtime:
+        with monkeypatch.context() as patched:
+            patched.setattr(codec, "read_update", unreadable)
+            await end_a_flow(flows_of(runtime), "odd")
+            await end_a_flow(flows_of(runtime), "plain")
+            await pass_time(clock, 5)
+
+        odd, plain = await soon(flows_of(runtime).list_updates())
+        assert (odd.status, odd.attempt) == ("delivery_failed", 3)
+        assert plain.status == "delivered"
 
 
 # ---- several at once ------------------------------------------------------------------------------

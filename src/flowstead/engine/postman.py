@@ -16,7 +16,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from itertools import groupby
-from math import isfinite
 from typing import Final
 
 import msgspec
@@ -27,7 +26,7 @@ from flowstead.engine.committer import Committer
 from flowstead.engine.desk import Post, write_alone
 from flowstead.engine.guard import describe
 from flowstead.engine.unit import Unit
-from flowstead.errors import Fatal, RuntimeClosed, SnapshotUnreadable, StoreError, TaskSignal
+from flowstead.errors import Fatal, RuntimeClosed, SnapshotUnreadable, StoreError
 from flowstead.log import get_logger
 from flowstead.model.command import NoteDelivery
 from flowstead.model.flow import FlowKey
@@ -35,6 +34,7 @@ from flowstead.model.limits import Limits
 from flowstead.model.retry import Retry
 from flowstead.model.update import PROGRESS, StoredUpdate, Update, UpdateKind, UpdateStatus
 from flowstead.rules import news
+from flowstead.rules.classify import retry_after_of
 from flowstead.rules.digests import compose_text
 from flowstead.store import codec
 from flowstead.store.codec import FlowWrite, UpdateRow
@@ -178,8 +178,7 @@ class Postman:
         if isinstance(error, Fatal) or failed.attempt >= self._retry.max_attempts:
             return await self._give_up(failed)
         wait = self._retry.delay_after(failed.attempt, self._ids.chance())
-        if isinstance(error, TaskSignal):
-            wait = max(wait, _asked_for(error))
+        wait = max(wait, min(retry_after_of(error) or 0.0, _LONGEST_WAIT))
         later = msgspec.structs.replace(failed, due_at=now + round(wait * 1000))
         log.warning("update.put_off", flow_id=update.flow_id, attempt=failed.attempt, seconds=wait)
         await self._write([codec.update_row(later, fresh=False)])
@@ -187,9 +186,8 @@ class Postman:
 
     async def _try(self, update: StoredUpdate) -> Exception | None:
         """Hand it to the notifier, for so long and no longer; answers what went wrong."""
-        told = codec.read_update(codec.encode(update))
         over = asyncio.Event()
-        sending = asyncio.create_task(_handed_over(self._send, told), name="flowstead notifier")
+        sending = asyncio.create_task(_handed_over(self._send, update), name="flowstead notifier")
         sending.add_done_callback(lambda _: over.set())
         timer = self._clock.call_later(self._limits.delivery_seconds, over.set)
         try:
@@ -312,10 +310,10 @@ class Postman:
         await write_alone(self._committer, FlowWrite(None, (), (), (), rows))
 
 
-async def _handed_over(send: Send, update: Update) -> Exception | None:
-    """Answer what the notifier raised, whatever that is: it is the host's code, and must not take us along."""
+async def _handed_over(send: Send, update: StoredUpdate) -> Exception | None:
+    """Answer what went wrong, whatever that is: the notifier is the host's code, and must not take us along."""
     try:
-        await send(update)
+        await send(codec.read_update(codec.encode(update)))
     except Exception as error:
         return error
     except KeyboardInterrupt:
@@ -323,14 +321,6 @@ async def _handed_over(send: Send, update: Update) -> Exception | None:
     except BaseException as error:
         return RuntimeError(f"the notifier raised {type(error).__name__}")
     return None
-
-
-def _asked_for(signal: TaskSignal) -> float:
-    """How many seconds a notifier wants to be left alone, within reason."""
-    seconds = signal.retry_after
-    if not isinstance(seconds, (int, float)) or not isfinite(seconds):
-        return 0.0
-    return min(max(0.0, seconds), _LONGEST_WAIT)
 
 
 def _null(raw: Raw | msgspec.UnsetType) -> Raw:

@@ -2,8 +2,7 @@
 
 returns             the channel has it, and it is not sent again
 raises Fatal        it will never be delivered this way; nobody tries again
-raises Transient    it may work later, after `retry_after` seconds at least if that is given
-raises any other    it may work later
+raises any other    it may work later, after `retry_after` seconds at least if the exception has them
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Notifier(Protocol):
 
         Raises:
             Fatal: Never try this update again.
-            Transient: Try again, after `retry_after` seconds at least.
-            Exception: Anything else means: try again later.
+            Transient: Try again later, after `retry_after` seconds at least, a day at most.
+            Exception: Anything else means the same, `retry_after` too if it has one.
         """
         ...
