@@ -334,7 +334,8 @@ class FlowWaits:
         name: str | None = None,
     ) -> None:
         """Put something by for the owner's next digest: what was put by for one owner and bucket goes out as one
-        message, at the digest time of the runtime. Cancelling the caller after acceptance does not take it back.
+        message, at the digest time of the runtime, or as several if it is more than `Limits.digest_items` or
+        `digest_bytes`. Cancelling the caller after acceptance does not take it back.
 
         Args:
             text, data: As for `notify`.

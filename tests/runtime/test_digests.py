@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -13,12 +14,14 @@ from flowstead import (
     DigestTime,
     Fatal,
     FlowContext,
+    Limits,
     Registry,
     Retry,
     SessionFlows,
     Update,
     open_runtime,
 )
+from flowstead.store.codec import FlowWrite
 from flowstead.testing import ManualClock, RecordingNotifier
 from tests.faulty_store import (
     NOT_WRITTEN,
@@ -70,6 +73,10 @@ async def pass_time(clock: ManualClock, seconds: float, *, step: float = HOUR / 
     for _ in range(round(seconds / step)):
         clock.advance(step)
         await settle()
+
+
+def batched(items: Sequence[str], size: int) -> list[list[str]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def digests(notifier: RecordingNotifier) -> list[Update]:
@@ -142,7 +149,9 @@ async def test_a_digest_that_nothing_was_put_by_for_is_not_sent(clock: ManualClo
 
 
 @pytest.mark.parametrize("count", [255, 256, 257, 700])
-async def test_a_long_digest_is_still_one_message_in_order(clock: ManualClock, count: int):
+async def test_a_digest_of_many_items_is_as_few_messages_as_can_hold_them_in_order(
+    clock: ManualClock, count: int
+):
     notifier = RecordingNotifier()
     items = [f"{n:03}" for n in range(count)]
     async with running(clock=clock, registry=puts_by(), notifier=notifier) as runtime:
@@ -151,10 +160,37 @@ async def test_a_long_digest_is_still_one_message_in_order(clock: ManualClock, c
         await put_by(flows_of(runtime, "c"), *(f"{b}/{n}" for b in "xy" for n in range(200)))
         await pass_time(clock, 12 * HOUR)
 
-        told = [texts(update) for update in digests(notifier)]
-        assert sorted(map(len, told)) == sorted([1, count, 200, 200])
-        assert items in told
+        told = {owner: [u for u in digests(notifier) if u.owner_key == owner] for owner in "abc"}
+        assert [len(texts(update)) for update in told["a"]] == [1]
+        assert [texts(update) for update in told["b"]] == batched(items, 256)
+        assert [len(texts(update)) for update in told["c"]] == [200, 200]
+        assert len({update.idempotency_key for update in told["b"]}) == len(told["b"])
         assert await soon(flows_of(runtime, "b").list_updates(status="pending")) == []
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+async def test_a_digest_has_no_more_items_than_the_limit(clock: ManualClock, most: int):
+    notifier, limits = RecordingNotifier(), Limits(digest_items=most)
+    async with running(
+        clock=clock, registry=puts_by(), notifier=notifier, limits=limits
+    ) as runtime:
+        await put_by(flows_of(runtime), *"abcde")
+        await pass_time(clock, 12 * HOUR)
+
+        assert [texts(update) for update in digests(notifier)] == batched("abcde", most)
+
+
+async def test_a_digest_is_no_longer_than_the_limit_but_for_one_item_that_is(clock: ManualClock):
+    notifier, limits = RecordingNotifier(), Limits(digest_bytes=1000)
+    items = ["a", "b", "c" * 2000, "d", "e" * 300, "f" * 300, "g"]
+    async with running(
+        clock=clock, registry=puts_by(), notifier=notifier, limits=limits
+    ) as runtime:
+        await put_by(flows_of(runtime), *items)
+        await pass_time(clock, 12 * HOUR)
+
+        told = [texts(update) for update in digests(notifier)]
+        assert told == [["a", "b"], ["c" * 2000], ["d", "e" * 300], ["f" * 300, "g"]]
 
 
 # ---- the day ends ---------------------------------------------------------------------------------
@@ -308,6 +344,46 @@ async def test_a_digest_that_is_given_up_can_be_seen(clock: ManualClock):
         last = (await soon(flows.history(flow_id)))[-1]
         assert last.type == "update.failed"
         assert "a" not in str(last.changed["reason"]).split()
+
+
+class Refuses(FaultyStore):
+    """A store that cannot write the digests of one owner."""
+
+    owner: str | None = None
+    refused = 0
+
+    async def commit(self, writes: Sequence[FlowWrite]) -> int:
+        rows = [row for write in writes for row in write.updates]
+        if any(row.owner_key == self.owner and row.slot.startswith("digest:") for row in rows):
+            self.refused += 1
+            raise NOT_WRITTEN
+        return await super().commit(writes)
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 300, 1100])
+async def test_a_digest_that_cannot_be_written_holds_up_nobody_else_and_is_written_when_it_can_be(
+    clock: ManualClock, count: int
+):
+    store, notifier = Refuses(), RecordingNotifier()
+    async with running(store, clock=clock, registry=puts_by(), notifier=notifier) as runtime:
+        await put_by(flows_of(runtime, "a"), "a")
+        await put_by(flows_of(runtime, "b"), *(f"{n}" for n in range(count)))
+        await put_by(flows_of(runtime, "c"), *(f"{n % 3}/{n}" for n in range(600)))
+        store.owner = "b"
+        at(clock, "2027-01-15 17:59")
+        await pass_time(clock, 120, step=1)
+        flow_id = await new_flow(flows_of(runtime, "b"))
+        await soon(flows_of(runtime, "b").finish(flow_id=flow_id, expected_revision=0))
+        await settle()
+
+        assert store.refused > 1, "vacuous: nothing was refused, or it was not tried again"
+        assert [update.owner_key for update in digests(notifier)].count("a") == 1
+        assert sum(len(u.items) for u in digests(notifier) if u.owner_key == "c") == 600
+        assert not [u for u in digests(notifier) if u.owner_key == "b"]
+        assert notifier.updates[-1].flow_id == flow_id
+        store.owner = None
+        await pass_time(clock, 5, step=1)
+        assert sum(len(u.items) for u in digests(notifier) if u.owner_key == "b") == count
 
 
 async def test_a_disk_that_fails_when_a_digest_is_put_together_delays_it(clock: ManualClock):

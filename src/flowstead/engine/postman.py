@@ -7,7 +7,8 @@ on its way at a time, oldest first. One that failed and waits for its next attem
 end of its own flow.
 
 A digest is made of what was put by for one owner until an instant: its items are sealed into one update in a single
-transaction, and that is sent like any other.
+transaction, and that is sent like any other. What is too long for one is sealed into several. One that cannot be
+written holds up nobody else's, nor any other update.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from itertools import groupby
 from typing import Final
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET
 
 from flowstead.engine.clock import Clock, Handle, Ids
 from flowstead.engine.committer import Committer
@@ -35,7 +36,7 @@ from flowstead.model.retry import Retry
 from flowstead.model.update import PROGRESS, StoredUpdate, Update, UpdateKind, UpdateStatus
 from flowstead.rules import news
 from flowstead.rules.classify import retry_after_of
-from flowstead.rules.digests import compose_text
+from flowstead.rules.digests import Part, compose_text, parted
 from flowstead.store import codec
 from flowstead.store.codec import FlowWrite, UpdateRow
 from flowstead.store.port import Scope, Store
@@ -94,11 +95,12 @@ class Postman:
         """Send what is due, for ever; cancelled at shutdown."""
         while True:
             self._look.clear()
-            try:
-                await self._send_due()
-            except StoreError as error:
-                log.error("updates.not_read", reason=str(error))
-                self._clock.call_later(_AGAIN_SECONDS, self._look.set)
+            for job in (self._seal_digests, self._send_due):
+                try:
+                    await job()
+                except StoreError as error:
+                    log.error("updates.not_read", reason=str(error))
+                    self._look_again()
             await self._look.wait()
 
     async def aclose(self) -> None:
@@ -116,7 +118,6 @@ class Postman:
 
     async def _send_due(self) -> None:
         now = self._clock.now()
-        await self._seal_digests(now)
         limit = self._limits.deliveries
         while len(self._under_way) < self._limits.deliveries and not self._is_closed:
             self._came_meanwhile.clear()
@@ -145,6 +146,9 @@ class Postman:
         self._armed = None
         self._look.set()
 
+    def _look_again(self) -> None:
+        self._clock.call_later(_AGAIN_SECONDS, self._look.set)
+
     # ---- one update -------------------------------------------------------------------------------
 
     def _set_out(self, update: StoredUpdate) -> None:
@@ -159,7 +163,7 @@ class Postman:
         self._came_meanwhile.add(flow_key)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("delivery.crashed", error=repr(error))
-            self._clock.call_later(_AGAIN_SECONDS, self._look.set)
+            self._look_again()
         elif not self._is_closed:
             self._look.set()
 
@@ -263,37 +267,48 @@ class Postman:
 
     # ---- digests ----------------------------------------------------------------------------------
 
-    async def _seal_digests(self, now: int) -> None:
-        limit = _PAGE
+    async def _seal_digests(self) -> None:
+        now = self._clock.now()
+        page = limit = max(_PAGE, self._limits.digest_items)
+        failed: set[tuple[str, str | None]] = set()
         while items := await self._store.list_digests_due(until=now, limit=limit):
-            groups = [
-                list(group)
-                for _, group in groupby(items, key=lambda item: (item.owner_key, item.bucket))
-            ]
+            groups = [(of, list(group)) for of, group in groupby(items, key=_digest_of)]
             is_all = len(items) < limit
-            # The last group of a full page may go on; one that fills a page is looked for in a larger one.
-            whole = groups if is_all else groups[:-1]
-            for group in whole:
-                await self._seal(group, now)
+            # The last group of a full page may go on. One that fills it is more than one digest anyway.
+            whole = groups if is_all or len(groups) == 1 else groups[:-1]
+            tried = [(of, group) for of, group in whole if of not in failed]
+            failed |= {of for of, group in tried if not await self._seal_all(group, now)}
             if is_all:
-                return
-            limit = _PAGE if whole else limit * 2
+                break
+            # If those that cannot be written fill the page, the others are behind them.
+            limit = limit * 2 if failed.issuperset(of for of, _ in whole) else page
+        if failed:
+            self._look_again()
 
-    async def _seal(self, items: list[StoredUpdate], now: int) -> None:
-        first, last = items[0], items[-1]
+    async def _seal_all(self, items: list[StoredUpdate], now: int) -> bool:
+        """Seal what was put by for one owner and bucket, and answer whether that worked."""
+        limits = self._limits
+        try:
+            for part in parted(items, most=limits.digest_items, most_bytes=limits.digest_bytes):
+                await self._seal(part, now)
+        except StoreError as error:
+            # Once only: if nobody knows what became of it, the next look at the store tells.
+            log.error("digest.not_sealed", items=len(items), reason=str(error))
+            return False
+        return True
+
+    async def _seal(self, part: Part, now: int) -> None:
+        first, last = part.items[0], part.items[-1]
         slot = f"digest:{first.bucket}:{last.key}"
-        told = [
-            {"flowId": item.flow_id, "text": item.text, "data": _null(item.data)} for item in items
-        ]
         digest = msgspec.structs.replace(
             first,
             key=self._store.next_key(),
             slot=slot,
             kind=UpdateKind.DIGEST,
             idempotency_key=news.named_key(first.owner_key, first.flow_id, slot, 0),
-            text=compose_text(first.bucket or "", len(items)),
+            text=compose_text(first.bucket or "", len(part.items)),
             data=UNSET,
-            items=Raw(msgspec.json.encode(told)),
+            items=part.told,
             bucket=None,
             created_at=now,
             due_at=now,
@@ -303,9 +318,8 @@ class Postman:
                 msgspec.structs.replace(item, status=UpdateStatus.DIGESTED, due_at=None),
                 fresh=False,
             )
-            for item in items
+            for item in part.items
         ]
-        # Once only: if nobody knows what became of it, the next look at the store tells.
         rows = [codec.update_row(digest, fresh=True), *sealed]
         await write_alone(self._committer, FlowWrite(None, (), (), (), rows))
 
@@ -323,8 +337,8 @@ async def _handed_over(send: Send, update: StoredUpdate) -> Exception | None:
     return None
 
 
-def _null(raw: Raw | msgspec.UnsetType) -> Raw:
-    return Raw(b"null") if raw is UNSET else raw
+def _digest_of(item: StoredUpdate) -> tuple[str, str | None]:
+    return item.owner_key, item.bucket
 
 
 def _told(error: Exception) -> str:

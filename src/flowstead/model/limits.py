@@ -33,6 +33,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         messages: Most messages of one flow that nobody has taken yet.
         deliveries: Most updates being sent at once.
         delivery_seconds: How long a notifier may take over one update.
+        digest_items: Most items of one digest; more go out as several.
+        digest_bytes: Most bytes of the items of one digest; more go out as several, a larger item by itself.
         stall_seconds: How long the event loop may be held up before it counts as a stall.
         shutdown_grace: How long closing waits for children to stop.
         idle_seconds: How long an idle flow stays in memory.
@@ -62,6 +64,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     messages: int = 10_000
     deliveries: int = 16
     delivery_seconds: float = 30.0
+    digest_items: int = 256
+    digest_bytes: int = 1024 * 1024
     stall_seconds: float = 0.5
     shutdown_grace: float = 5.0
     idle_seconds: float = 5.0

@@ -1,4 +1,5 @@
-"""The digest: when a day ends, for somebody somewhere, and what is said then. Pure: the instant is given.
+"""The digest: when a day ends, for somebody somewhere, and what is said then, in how many messages. Pure: the
+instant is given.
 
 A day ends once, also on the days on which clocks are set: at a time that they skip, it ends as soon as they have
 skipped it, and at one that they show twice, the first time. A day that a zone leaves out altogether has no end.
@@ -6,11 +7,15 @@ skipped it, and at one that they show twice, the first time. A day that a zone l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
-from typing import Final
+from typing import Final, NamedTuple
 from zoneinfo import ZoneInfo
 
 import msgspec
+from msgspec import UNSET, Raw
+
+from flowstead.model.update import StoredUpdate
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND: Final = timedelta(seconds=1)
@@ -93,6 +98,37 @@ def _zone_of(timezone: str) -> tzinfo:
         raise ValueError(
             f'timezone is {_shown(timezone)}, which is not known here; "Europe/Berlin" would be one.'
         ) from error
+
+
+class Part(NamedTuple):
+    """What goes out as one message: the items, and what it tells of them, a JSON array."""
+
+    items: list[StoredUpdate]
+    told: Raw
+
+
+def parted(items: Iterable[StoredUpdate], *, most: int, most_bytes: int) -> Iterator[Part]:
+    """Items in their order, so many to a message; one that is longer than a message may be is one by itself."""
+    part, told, size = list[StoredUpdate](), list[bytes](), 0
+    for item in items:
+        shown = _shown_item(item)
+        if part and (len(part) >= most or size + len(shown) > most_bytes):
+            yield Part(part, _array(told))
+            part, told, size = [], [], 0
+        part.append(item)
+        told.append(shown)
+        size += len(shown)
+    if part:
+        yield Part(part, _array(told))
+
+
+def _shown_item(item: StoredUpdate) -> bytes:
+    data = Raw(b"null") if item.data is UNSET else item.data
+    return msgspec.json.encode({"flowId": item.flow_id, "text": item.text, "data": data})
+
+
+def _array(told: list[bytes]) -> Raw:
+    return Raw(b"[" + b",".join(told) + b"]")
 
 
 def compose_text(bucket: str, count: int) -> str:
