@@ -511,6 +511,26 @@ def test_a_clerk_whom_nobody_writes_in_time_goes_on_and_what_comes_later_is_for_
 
 
 @IN_MEMORY
+def test_a_clerk_whose_patience_is_over_before_his_turn_leaves_the_messages_where_they_are(
+    lives: Lives,
+) -> None:
+    class Hasty(Clerk):
+        async def clerk(self, flow: FlowContext) -> None:
+            await flow.wait("go")
+            # No whole millisecond: the deadline has passed by the time of any turn.
+            first = await flow.receive(timeout=0.0004, on_timeout="resume")
+            messages = [await flow.receive(timeout=60) for _ in range(2)]
+            await flow.finish(state_json=[first, *(m.body for m in messages if m)])
+
+    clerk = Hasty(lives)
+    for message in ("a", "b"):
+        clerk.tell(message)
+    lives.play(lives.flows.signal(flow_id=clerk.flow_id, name="go"))
+
+    assert clerk.got() == [None, "a", "b"]
+
+
+@IN_MEMORY
 def test_a_clerk_may_fail_for_want_of_a_message(lives: Lives) -> None:
     clerk = Clerk(lives, timeout=60)
     lives.pass_time(61)

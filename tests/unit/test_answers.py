@@ -689,6 +689,26 @@ def test_a_step_that_is_opened_after_its_deadline_takes_no_early_letter(after: i
 
     in_time = after < 0
     assert (turn.tasks["A"].status is ANSWERED) is in_time
+    assert ("letter-0" in turn.tasks) is in_time  # else it stays, for the next wait of this name
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_messages_outlive_a_wait_that_is_opened_after_its_deadline(after: int) -> None:
+    view = a_telling_view(a_flow(RUNNING), driven=True)
+    for n in range(3):
+        play(view, told(Raw(str(n).encode()), n))
+    asked = {"inbox": "in", "on_timeout": OnTimeout.RESUME}
+
+    late = play(
+        view, stand_in(a_wait_draft("a", WaitKind.MESSAGE, deadline_at=NOW - after, **asked))
+    )
+    tick(view, NOW)
+    turns = [play(view, stand_in(a_wait_draft(name, WaitKind.MESSAGE, **asked))) for name in "bcd"]
+
+    assert late.tasks["A"].status is OPEN
+    assert view.children.untaken == 0
+    bodies = [decoded(t.tasks[n].result_json)["body"] for t, n in zip(turns, "BCD", strict=True)]
+    assert bodies == [0, 1, 2]
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -240,6 +240,8 @@ def open_waits(view: View, added: Decision) -> Decision:
 
 def _take_early(view: View, added: Decision, task: StoredTask) -> Decision:
     assert task.wait is not None and task.wait.inbox is not None
+    if task.wait.approval is None and _is_over(task.wait, view.now):
+        return added  # its turn has come too late; what is there is for who comes next
     tasks = {t.task_id: t for t in added.tasks} | {task.task_id: task}
     facts = list(added.facts)
     for letter in view.children.letters_in(task.wait.inbox):
