@@ -148,6 +148,13 @@ def retry_once_or_more(value: object, *, idempotent: bool) -> Retry | None:
     return found
 
 
+def flag(value: object, name: str) -> bool:
+    """True or False: nothing that only counts as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {_kind(value)}.")
+    return value
+
+
 def optional_count(value: object, name: str) -> int | None:
     """A whole number, 1 or more, or None."""
     return None if value is None else count(value, name)
@@ -225,6 +232,13 @@ def names(value: object, name: str) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be several strings, not {_kind(value)}.")
     return tuple(text(each, name) for each in value)
+
+
+def quorums(value: object, name: str) -> dict[str, int]:
+    """How many of each name are needed, where a mapping says so."""
+    if not isinstance(value, Mapping):
+        return {}
+    return dict(zip(names(value, name), (count(n, name) for n in value.values()), strict=True))
 
 
 def reminders(value: object, deadline: int | None, now: int) -> tuple[int, ...]:

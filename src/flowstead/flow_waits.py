@@ -217,7 +217,7 @@ class FlowWaits:
             schema: What edited items must fit, as for `wait`.
 
         Raises:
-            ValueError: Rules that can never be met.
+            ValueError, TypeError: Rules that can never be met, or make no sense.
             CancelPending: A cancel is requested.
 
         Cancelling the caller leaves the question open: the same step finds it again.
@@ -450,11 +450,11 @@ class FlowWaits:
         rules = Rules(
             quorum=arguments.count(quorum, "quorum"),
             roles=arguments.names(roles, "roles"),
-            role_quorum=dict(roles) if isinstance(roles, Mapping) else {},
+            role_quorum=arguments.quorums(roles, "roles"),
             approvers=arguments.names(approvers, "approvers"),
             veto=_veto(veto),
             requested_by=arguments.optional_text(requested_by, "requested_by"),
-            four_eyes=four_eyes,
+            four_eyes=arguments.flag(four_eyes, "four_eyes"),
         )
         approval = approvals.open_approval(
             self._steps.encode_or_raise(items, "items"),

@@ -327,6 +327,7 @@ def test_another_owner_has_no_vote_here(lives: Lives) -> None:
         ({"roles": {"legal": 2}}, "role_quorum"),
         ({"veto": ["legal"]}, "veto"),
         ({"roles": ["*"]}, "roles"),
+        ({"quorum": 1_001}, "quorum"),
     ],
 )
 def test_rules_that_can_never_be_met_are_refused_before_anybody_is_asked(
@@ -339,6 +340,43 @@ def test_rules_that_can_never_be_met_are_refused_before_anybody_is_asked(
     assert ended.failure is not None
     assert (ended.failure.code, says in (ended.failure.message or "")) == ("ValueError", True)
     assert lives.children(till.flow_id) == []
+
+
+@IN_MEMORY
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"four_eyes": 1, "requested_by": "bob"}, "four_eyes must be True or False, not int."),
+        ({"four_eyes": "yes", "requested_by": "bob"}, "four_eyes must be True or False, not str."),
+        ({"roles": {"lead": 1.5}, "quorum": 2}, "roles must be an int, not float."),
+        ({"roles": {"lead": True}}, "roles must be an int, not bool."),
+        ({"roles": {"lead": "2"}, "quorum": 2}, "roles must be an int, not str."),
+        ({"roles": {1: 1}}, "roles must be a string, not int."),
+        ({"roles": "lead"}, "roles must be several strings, not str."),
+        ({"veto": "lead", "roles": ["lead"]}, "veto must be several strings, not str."),
+        ({"veto": None}, "veto must be several strings, not NoneType."),
+        ({"quorum": 1.0}, "quorum must be an int, not float."),
+        ({"approvers": [None]}, "approvers must be a string, not NoneType."),
+        ({"requested_by": 7}, "requested_by must be a string, not int."),
+    ],
+)
+def test_rules_of_the_wrong_type_are_refused_before_anybody_is_asked(
+    lives: Lives, rules: dict[str, Any], says: str
+) -> None:
+    till = Till(lives, **rules)
+
+    ended = lives.result(till.flow_id)
+
+    assert ended.failure is not None
+    assert (ended.failure.code, ended.failure.message) == ("TypeError", f"TypeError: {says}")
+    assert lives.children(till.flow_id) == []
+
+
+@IN_MEMORY
+def test_a_role_is_known_without_the_white_space_around_it(lives: Lives) -> None:
+    till = Till(lives, roles={" lead ": 1})
+
+    assert till.vote("approve", "ann", role="lead").verdict == "approved"
 
 
 # ---- time -----------------------------------------------------------------------------------------

@@ -504,8 +504,9 @@ def test_edits_are_bounded_and_then_it_can_still_be_approved() -> None:
 
 
 def test_votes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = asked(quorum=5)
     monkeypatch.setattr(approvals, "MAX_VOTES", 3)
-    approval = after(asked(quorum=5), "a:approve", "b:approve", "c:approve").approval
+    approval = after(question, "a:approve", "b:approve", "c:approve").approval
 
     refusal = refused(count(approval, vote(approval, "approve", "d")))
 
@@ -520,6 +521,7 @@ def test_votes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"quorum": 0}, "quorum is 0; nothing is approved by fewer than one."),
         ({"quorum": -1}, "quorum is -1;"),
+        ({"quorum": 1_001}, "quorum is 1001; an approval keeps 1000 votes at most."),
         ({"quorum": 3, "approvers": ("a", "b")}, "quorum is 3, but approvers has 2 who may vote;"),
         (
             {"quorum": 2, "approvers": ("a", "b"), "four_eyes": True, "requested_by": " b"},

@@ -166,6 +166,8 @@ def _check_names(field: str, names: Sequence[str]) -> None:
 def _check_quorum(rules: Rules) -> None:
     if rules.quorum < 1:
         raise ValueError(f"quorum is {rules.quorum}; nothing is approved by fewer than one.")
+    if rules.quorum > MAX_VOTES:
+        raise ValueError(f"quorum is {rules.quorum}; an approval keeps {MAX_VOTES} votes at most.")
     for role, needed in rules.role_quorum.items():
         if role not in rules.roles:
             raise ValueError(f"role_quorum names the role {_shown(role)}, which is not in roles.")
