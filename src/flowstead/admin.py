@@ -8,9 +8,11 @@ from flowstead.verbs import ScopedVerbs
 
 
 class Admin(ScopedVerbs):
-    """The reads and cancels of a session, unscoped, and what only operators need.
+    """All that a session may read, its cancels and retries, over every owner's flows; and what only operators need.
 
-    Where several owners use the same flow id, a flow id stands for the newest of them.
+    What only an owner does is done for him through `bind_session(session_key=flow.owner_key)`; an open wait is also
+    answered by its token, through `Runtime.answer` and `Runtime.vote`. Where several owners use the same flow id, a
+    flow id stands for the newest of them.
     """
 
     def __init__(self, core: Core) -> None:

@@ -236,7 +236,7 @@ def encoded_or_raise(core: Core, value: Json, name: str) -> Raw:
     return encoded
 
 
-def open_wait(row: StoredFlow | StoredTask) -> OpenWait:
+def open_wait(owner_key: str, row: StoredFlow | StoredTask) -> OpenWait:
     """A wait as whoever may answer it sees it."""
     wait = row.wait or Wait(kind=WaitKind.SIGNAL)
     if isinstance(row, StoredTask):
@@ -244,6 +244,8 @@ def open_wait(row: StoredFlow | StoredTask) -> OpenWait:
     else:
         key = wait_keys.plain_fields(codec.decode_json(row.wait_json)) or {}
     return OpenWait(
+        number=row.key,
+        owner_key=owner_key,
         flow_id=row.flow_id,
         task_id=row.task_id if isinstance(row, StoredTask) else None,
         name=row.run_id if isinstance(row, StoredTask) else None,

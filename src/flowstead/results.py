@@ -214,9 +214,12 @@ class OpenWait(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Something that a flow waits for, with all that is needed to answer it.
 
     `name` is the step, None for a wait of the flow itself. `token` answers it without knowing the flow: whoever has
-    it may. `approval` is what is to be decided, `schema` what the answer must fit.
+    it may. `approval` is what is to be decided, `schema` what the answer must fit. `number` is its place among all
+    that are listed: that of the last one of a page is the next page's `after`.
     """
 
+    number: int
+    owner_key: str
     flow_id: str
     task_id: str | None = None
     name: str | None = None

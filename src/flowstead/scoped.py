@@ -11,20 +11,23 @@ from collections.abc import Iterable
 from typing import Final
 
 from flowstead import arguments
+from flowstead.answering import open_wait
 from flowstead.core import Core
 from flowstead.engine.feed import Watcher
 from flowstead.model.code import TASK_NOT_FOUND, Code
 from flowstead.model.event import Event
-from flowstead.model.flow import Flow, FlowKey, FlowStatus, has_ended
+from flowstead.model.flow import Flow, FlowKey, FlowStatus, StoredFlow, has_ended
 from flowstead.model.task import (
     Outcome,
+    StoredTask,
     Task,
     TaskStatus,
     TaskSummary,
     is_active,
     outcome_of,
 )
-from flowstead.results import error_for
+from flowstead.model.update import Update, UpdateStatus
+from flowstead.results import OpenWait, error_for
 from flowstead.settlement import flows_below
 from flowstead.store import codec
 from flowstead.store.port import FlowQuery, Scope
@@ -165,6 +168,57 @@ class ScopedFlows:
             return []
         return await engine.store.history(self._scope, wanted, after_seq=after, limit=most)
 
+    async def list_waits(
+        self, flow_id: str | None = None, *, limit: int = 100, after: int = 0
+    ) -> builtins.list[OpenWait]:
+        """What flows wait for, oldest first, with all that is needed to answer. Cancelling only stops the reading.
+
+        Args:
+            flow_id: Of one flow only.
+            limit: The size of a page.
+            after: The `number` of the last wait of the page before.
+        """
+        engine = self._core.enter()
+        wanted = None if flow_id is None else arguments.lookup(flow_id, "flow_id")
+        after_key = arguments.optional_sequence_number(after, "after") or 0
+        most = arguments.count(limit, "limit")
+        if flow_id is not None and wanted is None:
+            return []
+        rows = await engine.store.list_open_waits(
+            self._scope, flow_id=wanted, after_key=after_key, limit=most
+        )
+        return [open_wait(await self._owner_of(row), row) for row in rows]
+
+    async def list_updates(
+        self,
+        flow_id: str | None = None,
+        *,
+        status: str | Iterable[str] | None = None,
+        limit: int = 100,
+        after: int = 0,
+    ) -> builtins.list[Update]:
+        """What owners were told, or are to be, oldest first. Cancelling only stops the reading.
+
+        Args:
+            flow_id: Of one flow only.
+            status: `pending`, `delivered`, `delivery_failed`, `superseded`, `digested`, or several of them.
+            limit: The size of a page.
+            after: The `number` of the last update of the page before.
+
+        Raises:
+            ValueError: A status that does not exist.
+        """
+        engine = self._core.enter()
+        wanted = None if flow_id is None else arguments.lookup(flow_id, "flow_id")
+        statuses = arguments.choices(status, UpdateStatus, "status")
+        after_key = arguments.optional_sequence_number(after, "after") or 0
+        most = arguments.count(limit, "limit")
+        if (flow_id is not None and wanted is None) or (status is not None and not statuses):
+            return []
+        return await engine.store.list_updates(
+            self._scope, flow_id=wanted, statuses=statuses, after_key=after_key, limit=most
+        )
+
     def watch(
         self,
         flow_id: str | None = None,
@@ -240,6 +294,16 @@ class ScopedFlows:
             end.cancel()
 
     # ---- finding ----------------------------------------------------------------------------------
+
+    async def _owner_of(self, row: StoredFlow | StoredTask) -> str:
+        """Whose flow it is, or belongs to; a child's row itself does not say."""
+        if isinstance(row, StoredFlow):
+            return row.owner_key
+        if self._scope.owner_key is not None:
+            return self._scope.owner_key
+        found = await self._core.engine.store.find_task(self._scope, row.task_id)
+        assert found is not None, "no child is ever taken out"
+        return found[0].owner_key
 
     async def _find(self, flow_id: str) -> FlowKey | None:
         """The key of a flow in scope."""

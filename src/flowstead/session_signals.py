@@ -1,8 +1,8 @@
-"""What comes to a flow from outside: signals, messages, votes; and what its owner is told."""
+"""What comes to a flow from outside: signals, messages, votes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from msgspec import UNSET, Raw, UnsetType
 
@@ -13,7 +13,6 @@ from flowstead.answering import (
     cast,
     encoded_or_raise,
     letter_draft,
-    open_wait,
     report_of_receipt,
     send,
     vote_by_token,
@@ -24,15 +23,14 @@ from flowstead.model.code import Code
 from flowstead.model.command import Command, Deliver, Tell
 from flowstead.model.flow import FlowKey, Json
 from flowstead.model.task import Outcome
-from flowstead.model.update import Update, UpdateStatus
 from flowstead.model.wait import Letter, WaitKind, inbox_of
-from flowstead.results import OpenWait, SignalReport, VoteReport, error_for
+from flowstead.results import SignalReport, VoteReport, error_for
 from flowstead.rules import wait_keys
 from flowstead.verbs import ScopedVerbs
 
 
 class SessionSignals(ScopedVerbs):
-    """Signals, messages, votes and updates of one session's flows."""
+    """Signals, messages and votes for one session's flows."""
 
     _session_key: str
 
@@ -214,53 +212,6 @@ class SessionSignals(ScopedVerbs):
             return VoteReport(counted=False, reason="Flow not found.")
         step = arguments.text(name, "name")
         return await cast(self._core, FlowKey(self._session_key, wanted), step, vote, self._actor)
-
-    # ---- looking ----------------------------------------------------------------------------------
-
-    async def list_waits(self, flow_id: str | None = None, *, limit: int = 100) -> list[OpenWait]:
-        """What flows wait for, oldest first, with all that is needed to answer. Cancelling only stops the reading.
-
-        Args:
-            flow_id: Of one flow only.
-            limit: How many at most.
-        """
-        engine = self._core.enter()
-        wanted = None if flow_id is None else arguments.lookup(flow_id, "flow_id")
-        if flow_id is not None and wanted is None:
-            return []
-        rows = await engine.store.list_open_waits(
-            self._scope,
-            flow_id=wanted,
-            after_key=0,
-            limit=arguments.count(limit, "limit"),
-        )
-        return [open_wait(row) for row in rows]
-
-    async def list_updates(
-        self,
-        flow_id: str | None = None,
-        *,
-        status: str | Sequence[str] | None = None,
-        limit: int = 100,
-    ) -> list[Update]:
-        """What the owner was told, or is to be, oldest first. Cancelling only stops the reading.
-
-        Args:
-            flow_id: Of one flow only.
-            status: `pending`, `delivered`, `delivery_failed`, `superseded`, `digested`, or several of them.
-            limit: How many at most.
-        """
-        engine = self._core.enter()
-        wanted = None if flow_id is None else arguments.lookup(flow_id, "flow_id")
-        if flow_id is not None and wanted is None:
-            return []
-        return await engine.store.list_updates(
-            self._scope,
-            flow_id=wanted,
-            statuses=arguments.choices(status, UpdateStatus, "status"),
-            after_key=0,
-            limit=arguments.count(limit, "limit"),
-        )
 
     # ---- small things -----------------------------------------------------------------------------
 

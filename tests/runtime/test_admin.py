@@ -9,12 +9,14 @@ import anyio
 import pytest
 
 from flowstead import (
+    Fatal,
     FlowContext,
     FlowNotFound,
     Registry,
     Runtime,
     SnapshotUnreadable,
     StoreUnusable,
+    Update,
     open_runtime,
 )
 from tests.runtime.support import OWNER, PATIENCE, STRANGER, Where, bound, dump, link, make
@@ -72,6 +74,74 @@ async def test_the_operator_is_told_what_is_not_there(store: Where, runtime: Run
     with pytest.raises(FlowNotFound):
         await runtime.admin.watch("nobody").__aenter__()
     assert dump(store) == before
+
+
+async def test_the_operator_finds_everybodys_waits_and_whose_they_are(store: Where) -> None:
+    registry = Registry()
+
+    @registry.controller("ask")
+    async def ask(flow: FlowContext) -> None:
+        await flow.wait("reply", kind="reply")
+
+    async with open_runtime(store, registry=registry) as runtime:
+        mine, theirs = bound(runtime), bound(runtime, STRANGER)
+        await make(mine, controller_id="ask", flow_id="mine")
+        await make(theirs, controller_id="ask", flow_id="theirs")
+        await make(theirs, flow_id="by-hand", status="waiting", wait_json={"kind": "call"})
+        with anyio.fail_after(PATIENCE):
+            while len(await runtime.admin.list_waits()) < 3:
+                await anyio.lowlevel.checkpoint()
+
+        pages = []
+        while page := await runtime.admin.list_waits(
+            limit=2, after=pages[-1][-1].number if pages else 0
+        ):
+            pages.append(page)
+        one = await runtime.admin.list_waits("theirs")
+
+        assert [len(page) for page in pages] == [2, 1]
+        found = [wait for page in pages for wait in page]
+        assert {wait.flow_id: wait.owner_key for wait in found} == {
+            "mine": OWNER,
+            "theirs": STRANGER,
+            "by-hand": STRANGER,
+        }
+        assert [wait for wait in found if wait.owner_key == STRANGER] == await theirs.list_waits()
+        assert [wait.owner_key for wait in one] == [STRANGER]
+
+
+class Broken:
+    """A channel that takes nothing."""
+
+    async def send(self, update: Update) -> None:
+        raise Fatal("no such channel")
+
+
+async def test_the_operator_finds_whose_updates_were_not_delivered(store: Where) -> None:
+    async with open_runtime(store, notifier=Broken()) as runtime:
+        faces = [bound(runtime), bound(runtime, STRANGER), bound(runtime)]
+        for number, flows in enumerate(faces):
+            await make(flows, flow_id=f"f{number}")
+            await flows.finish(flow_id=f"f{number}", expected_revision=0)
+        with anyio.fail_after(PATIENCE):
+            while await runtime.admin.list_updates(status="pending"):
+                await anyio.lowlevel.checkpoint()
+
+        failed = []
+        while page := await runtime.admin.list_updates(
+            status="delivery_failed", limit=2, after=failed[-1].number if failed else 0
+        ):
+            failed += page
+
+        assert [(u.flow_id, u.owner_key) for u in failed] == [
+            ("f0", OWNER),
+            ("f1", STRANGER),
+            ("f2", OWNER),
+        ]
+        assert await runtime.admin.list_updates(status=[]) == []
+        assert await runtime.admin.list_updates("f1") == await faces[1].list_updates()
+        with pytest.raises(ValueError, match="after"):
+            await runtime.admin.list_updates(after=-1)
 
 
 async def test_an_id_used_by_two_owners_stands_for_the_newest_flow(store: Where) -> None:

@@ -406,6 +406,8 @@ SCOPED: dict[str, Entry] = {
     "retry_flow, done already": Entry(
         lambda it: it.face.retry_flow(it.flow_id), NOTHING, prepare=_retry_once
     ),
+    "list_waits": Entry(lambda it: it.face.list_waits(), NOTHING, prepare=_await_word),
+    "list_updates": Entry(lambda it: it.face.list_updates(), NOTHING),
 }
 
 OWNED: dict[str, Entry] = SCOPED | {
@@ -496,8 +498,6 @@ OWNED: dict[str, Entry] = SCOPED | {
         ),
         repeats=True,
     ),
-    "list_waits": Entry(lambda it: it.flows.list_waits(), NOTHING, prepare=_await_word),
-    "list_updates": Entry(lambda it: it.flows.list_updates(), NOTHING),
 }
 
 ASKING: dict[str, Entry] = {"ask": Entry(_ask, prepare=_await_question)}

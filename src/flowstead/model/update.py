@@ -47,7 +47,8 @@ class Update(
     `idempotency_key` is the same for every attempt: a receiver that has seen it has seen the update. `text` is a
     sentence for people, `data` JSON for programs, `items` what a digest has collected. `requester_origin` is the
     address: where the flow's request came from. A digest belongs to an owner, not to one flow: its `flow_id` is
-    that of the first item. `attempt` counts deliveries tried, from 1. Instants are epoch milliseconds.
+    that of the first item. `attempt` counts deliveries tried, from 1. Instants are epoch milliseconds. `number` is
+    its place in a list of updates: that of the last one of a page is the next page's `after`.
     """
 
     idempotency_key: str
@@ -69,6 +70,7 @@ class Update(
     due_at: Whole | None = None
     delivered_at: Whole | None = None
     failure: str | None = None
+    number: Whole = 0
 
 
 class StoredUpdate(Update, frozen=True, kw_only=True, rename="camel", omit_defaults=True, gc=False):

@@ -361,9 +361,9 @@ def read_signal(doc: bytes) -> StoredSignal:
     return _read(_signal, doc, "signal")
 
 
-def read_update(doc: bytes) -> Update:
-    """An update to hand out."""
-    return _read(_update, doc, "update")
+def read_update(doc: bytes, number: int = 0) -> Update:
+    """An update to hand out, with its place in a list if it is listed."""
+    return msgspec.structs.replace(_read(_update, doc, "update"), number=number)
 
 
 def read_stored_update(doc: bytes) -> StoredUpdate:

@@ -253,7 +253,7 @@ class MemoryWaits:
             and (within is None or row.flow_key in within)
             and (not statuses or row.status in statuses)
         ]
-        return _readable(rows, lambda row: codec.read_update(row.doc.encode()), limit)
+        return _readable(rows, lambda row: codec.read_update(row.doc.encode(), row.key), limit)
 
 
 def _signal(row: SignalRow) -> StoredSignal:

@@ -280,7 +280,7 @@ class Store(Protocol):
         after_key: int,
         limit: int,
     ) -> list[Update]:
-        """Updates, oldest first. No statuses: any. Unreadable ones are left out."""
+        """Updates, oldest first; `number` is the key. No statuses: any. Unreadable ones are left out."""
         ...
 
     async def list_unreadable(self) -> list[Unreadable]:

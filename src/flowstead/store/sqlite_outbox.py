@@ -40,8 +40,8 @@ def stored_update(*row: Any) -> StoredUpdate:
     return codec.at_row(codec.read_stored_update(codec.update_doc(row)), row[0], row[6])
 
 
-def _update(*row: object) -> Update:
-    return codec.read_update(codec.update_doc(row))
+def _update(*row: Any) -> Update:
+    return codec.read_update(codec.update_doc(row), row[0])
 
 
 def list_updates_due(connection: sqlite3.Connection, until: int, limit: int) -> list[StoredUpdate]:

@@ -469,6 +469,24 @@ class Outbox(StoreFixtures):
             assert await page(keys[3], 2, flow_id) == names[4:]
             assert await page(keys[4], 2, flow_id) == []
             assert await page(keys[0] - 1, 9, flow_id) == names
+        assert [update.number for update in await all_of(store)] == keys
+
+    async def test_progress_that_took_another_s_place_is_listed_in_that_place(
+        self, store: Store
+    ) -> None:
+        """Its `number` is the key it took over, not the one it was written with."""
+        flow = await put(store)
+        await put_update(store, flow, "progress", text="old", version=1)
+        [old] = await all_of(store)
+        await put_update(store, flow, "progress", text="new", version=2)
+
+        [new] = await all_of(store)
+        after = await store.list_updates(
+            ALICE, flow_id=None, statuses=(), after_key=new.number, limit=9
+        )
+
+        assert (new.text, new.number) == ("new", old.number)
+        assert after == []
 
     async def test_updates_are_listed_by_status(self, store: Store) -> None:
         """No statuses: any."""
