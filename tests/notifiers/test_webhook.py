@@ -303,12 +303,12 @@ async def test_an_answer_that_is_no_http_is_tried_again_and_not_quoted(answer: A
 @pytest.mark.parametrize("answer", [until_gone, dribble], ids=["silent", "dribbling"])
 async def test_one_deadline_ends_the_attempt_whatever_the_receiver_does(answer: Any) -> None:
     async with Receiver(answer) as receiver:
-        failed = await failure(a_notifier(receiver.url, timeout=0.1))
+        failed = await failure(a_notifier(receiver.url, timeout=1.5))
 
         await receiver.wait_until_alone()
 
     assert isinstance(failed, Transient)
-    assert "did not answer within 0.1 s" in str(failed)
+    assert "did not answer within 1.5 s" in str(failed)
     assert len(receiver.requests) == 1
 
 
@@ -455,7 +455,7 @@ async def test_the_next_address_is_tried_if_one_takes_no_connection() -> None:
 async def test_an_address_that_keeps_us_waiting_leaves_time_for_the_next() -> None:
     async with Receiver(until_gone) as receiver:
         names = Names(["127.0.0.1", "127.0.0.1"])
-        notifier = a_notifier(f"https://localhost:{receiver.port}/", resolve=names, timeout=0.2)
+        notifier = a_notifier(f"https://localhost:{receiver.port}/", resolve=names, timeout=2)
         await failure(notifier)
 
     assert receiver.connections == 2
