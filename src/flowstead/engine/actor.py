@@ -48,6 +48,7 @@ log = get_logger(__name__)
 _TURN: Final = 256
 _RUNTIME: Final = "runtime"
 _LOOK_AGAIN_SECONDS: Final = 1.0
+_NOT_NOTED: Final = 2**62
 
 
 class RunningCode(Protocol):
@@ -164,7 +165,7 @@ class Actor:
         self.key = key
         self.asked_at = 0
         self.ticked_at = 0
-        """What time it was when it was last said that something is due."""
+        """What time it was when it was last said that something is due: the timers have let go of it."""
         self.mailbox = Mailbox(around.limits.mailbox)
         self._around = around
         self._draft: Draft | None = None
@@ -238,9 +239,7 @@ class Actor:
             self._flow, self._doc, self._seq = snapshot.flow, snapshot.doc, snapshot.last_seq
             self._children = Children.of(snapshot.active, snapshot.run_ids)
             self._to_recover = True
-            # What is overdue is seen to in the first turn; a timer for it would fire at once, again and again.
-            self.ticked_at = self._around.clock.now()
-            self._note_dues(snapshot.flow, snapshot.active, overdue=False)
+            self.ticked_at = _NOT_NOTED
         self._clear_doubt(snapshot)
         self._wake()
 
@@ -294,8 +293,9 @@ class Actor:
         around = self._around
         now = self.asked_at = around.clock.now()
         if now < self.ticked_at and self._flow is not None:
-            # The clock was put back since: what was due is still to come, and the timers have let go of it.
-            self._note_dues(self._flow, self._children.active.values(), overdue=False)
+            # Just loaded, or the clock was put back since. What is overdue is seen to in this very turn; a timer
+            # for it would fire at once, again and again.
+            self._note_dues(self._flow, self._children.active.values(), after=now)
         self.ticked_at = 0
         is_held = self._is_held()
         view = View(
@@ -519,16 +519,11 @@ class Actor:
             if task is None or task.status is not TaskStatus.RUNNING:
                 self._around.slots.give_back(task_id)
 
-    def _note_dues(
-        self, flow: StoredFlow, tasks: Iterable[StoredTask], *, overdue: bool = True
-    ) -> None:
-        """Have the timers know what becomes due, with what is overdue or without."""
+    def _note_dues(self, flow: StoredFlow, tasks: Iterable[StoredTask], *, after: int = -1) -> None:
+        """Have the timers know what becomes due later than an instant, epoch ms."""
         timers, limits = self._around.timers, self._around.limits
-        instants = [flow_due_at(flow, limits), *(task_due_at(task, limits) for task in tasks)]
-        dues = [at for at in instants if at is not None]
-        after = -1 if overdue or not dues else self._around.clock.now()
-        for at in dues:
-            if at > after:
+        for at in (flow_due_at(flow, limits), *(task_due_at(task, limits) for task in tasks)):
+            if at is not None and at > after:
                 timers.note(at, self.key)
 
     def _go_on(self) -> None:
