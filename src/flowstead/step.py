@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Final
 
 from flowstead import errors
 from flowstead.model.code import Code
@@ -25,9 +24,6 @@ from flowstead.model.task import (
 from flowstead.results import raise_refusal
 from flowstead.steps import Begun, Steps
 from flowstead.store import codec
-from flowstead.store.port import Scope
-
-_PAGE: Final = 1000
 
 
 class Step:
@@ -123,8 +119,6 @@ class Completed:
     def __init__(self, steps: Iterable[Step]) -> None:
         self._left = list(dict.fromkeys(steps))
         self._ready: deque[Step] = deque()
-        self._ends: dict[str, int] = {}
-        self._read_to = 0
 
     def __aiter__(self) -> Completed:
         return self
@@ -134,9 +128,13 @@ class Completed:
         while not self._ready:
             if not self._left:
                 raise StopAsyncIteration
-            await self._some_ended()
-            await self._read_history()
-            self._make_ready()
+            told = self._left[0]._steps.told_ends
+            # What has ended before one that is known from the history is known from it as well.
+            if not self._take([step for step in self._left if step.task_id in told]):
+                await self._some_ended()
+                await self._read_history()
+                # Also those whose end is on record and not told yet: they are ahead of others that are told.
+                self._take([s for s in self._left if s.task_id in told or s._is_known])
         return self._ready.popleft()
 
     async def _some_ended(self) -> None:
@@ -147,24 +145,18 @@ class Completed:
                 end.result()  # raises where the runtime has closed
 
     async def _read_history(self) -> None:
-        """Learn the place in the flow's history at which each child ended."""
-        steps = self._left[0]._steps if self._left else None
-        while steps is not None:
-            page = await steps.engine.store.history(
-                Scope(steps.key.owner_key), steps.key.flow_id, after_seq=self._read_to, limit=_PAGE
-            )
-            if not page:
-                return
-            self._read_to = max(self._read_to, page[-1].seq)
-            self._ends |= {e.task_id: e.seq for e in page if e.type == "task.ended" and e.task_id}
+        if self._left:
+            await self._left[0]._steps.read_history()
 
-    def _make_ready(self) -> None:
-        # Also those whose end is on record and not told yet: they are ahead of others that are told.
-        ended = [step for step in self._left if step.task_id in self._ends or step._is_known]
-        ended.sort(key=lambda step: self._ends.get(step.task_id, sys.maxsize))
-        gone = set(ended)
-        self._left = [step for step in self._left if step not in gone]
-        self._ready.extend(ended)
+    def _take(self, ended: list[Step]) -> bool:
+        """Whether there are any."""
+        if ended:
+            told = ended[0]._steps.told_ends
+            ended.sort(key=lambda step: told.get(step.task_id, sys.maxsize))
+            gone = set(ended)
+            self._left = [step for step in self._left if step not in gone]
+            self._ready.extend(ended)
+        return bool(ended)
 
 
 async def first(steps: Sequence[Step], count: int) -> list[Step]:

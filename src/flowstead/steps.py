@@ -32,6 +32,7 @@ from flowstead.store.port import Scope
 
 CONTROLLER: Final = "controller"
 _CHUNK: Final = 256
+_PAGE: Final = 1000
 
 
 class Begun(NamedTuple):
@@ -54,6 +55,9 @@ class Steps:
         self._functions = functions
         self._named: Counter[str] = Counter()
         self._ends: set[asyncio.Future[bytes]] = set()
+        self.told_ends: dict[str, int] = {}
+        """The place of each child's end in the flow's history, as far as that has been read."""
+        self._read_to = 0
         self.is_parked = False
         """Whether the controller has been ended where it waited: it may tidy up, and no more."""
 
@@ -229,6 +233,17 @@ class Steps:
             return end
         end.cancel()
         return None
+
+    async def read_history(self) -> None:
+        """Go on reading the flow's history, for the order in which its children have ended."""
+        scope = Scope(self.key.owner_key)
+        while page := await self.engine.store.history(
+            scope, self.key.flow_id, after_seq=self._read_to, limit=_PAGE
+        ):
+            self._read_to = max(self._read_to, page[-1].seq)
+            self.told_ends |= {
+                e.task_id: e.seq for e in page if e.type == "task.ended" and e.task_id
+            }
 
     def _forget(
         self, waiting: dict[str, asyncio.Future[bytes]], bound: Sequence[TaskDraft]

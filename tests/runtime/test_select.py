@@ -11,6 +11,7 @@ from flowstead import (
     Cancelled,
     CancelPending,
     ChildError,
+    Event,
     FlowContext,
     Registry,
     Runtime,
@@ -19,7 +20,9 @@ from flowstead import (
     TaskContext,
     TimedOut,
 )
+from flowstead.store.memory import MemoryStore
 from flowstead.testing import Schedule, Simulation
+from tests.faulty_store import flows_of, new_flow, running, until
 from tests.runtime.support import Lives, bound, make
 from tests.runtime.waiting import begun, in_memory, open_waits, registry_of, reopened, signalled
 
@@ -205,6 +208,43 @@ def test_nothing_to_select_from_is_an_error_and_one_step_twice_is_one(lives: Liv
     flow_id = begun(lives, "odd", 10)
 
     assert lives.result(flow_id).status == "succeeded"
+
+
+class CountingStore(MemoryStore):
+    """Counts the events that are read from it."""
+
+    read = 0
+
+    async def history(self, *args: Any, **kwargs: Any) -> list[Event]:
+        page = await super().history(*args, **kwargs)
+        self.read += len(page)
+        return page
+
+
+async def test_a_run_of_a_controller_reads_its_history_once_however_often_it_selects() -> None:
+    async def work(_context: TaskContext, given: Any) -> Any:
+        return given
+
+    async def many(flow: FlowContext) -> None:
+        for number in range(20):
+            signal = await flow.open_wait(f"signal {number}")
+            child = await flow.start(work, number, name=f"child {number}")
+            assert await flow.select(signal, child) == child
+        runs.append(flow.revision)
+        await asyncio.Event().wait()
+
+    runs: list[int] = []
+    store, flow_id = CountingStore(), ""
+    for run in range(2):
+        store = CountingStore(store.tables)
+        async with running(store, registry=registry_of(many=many)) as runtime:
+            flows = flows_of(runtime)
+            flow_id = flow_id or await new_flow(flows, "many")
+            await until(lambda run=run: len(runs) > run)
+            read = store.read
+
+            events = await flows.history(flow_id, limit=1000)
+            assert 20 <= read <= len(events)
 
 
 def test_a_select_over_children_alone_waits_like_their_results(lives: Lives) -> None:
