@@ -329,7 +329,9 @@ class FlowContext(FlowWaits):
         after acceptance does not undo the change.
 
         Raises:
-            RevisionConflict: Somebody else has changed the flow. Nothing was written.
+            RevisionConflict: Somebody else has changed the flow. Nothing was written. A change while the controller
+                stands in a wait is no conflict: it is run again from the top when it is woken, and reads what was
+                written; unless it cannot be parked there.
         """
         patch = self._patch(current_step, state_json)
         await self._mutate(

@@ -592,23 +592,44 @@ def test_somebody_elses_wait_on_a_waiting_flow_keeps_its_controller_out_until_it
 
 
 @pytest.mark.parametrize("seconds", [0.1, LONG], ids=["standing", "parked"])
-def test_a_person_s_change_while_the_controller_waits_is_a_conflict_only_while_it_stands(
+def test_a_person_s_change_while_the_controller_waits_is_there_when_it_is_woken(
     lives: Lives, seen: Seen, seconds: float
 ) -> None:
     flow_id = begun(lives, "seen", seconds)
+    written_by_a_person(lives, flow_id)
+
+    signalled(lives, "word")
+
+    assert answer_in(lives, flow_id) == [1, "word"]
+    assert (seen.runs, seen.caught, seen.worked) == (2, [], 1)
+    changed = [event.changed for event in lives.play(lives.flows.history(flow_id))]
+    assert "a person's" in [of.get("stateJson") for of in changed]
+
+
+def written_by_a_person(lives: Lives, flow_id: str) -> None:
     revision = lives.flow(flow_id).revision
     lives.play(
         lives.flows.update(flow_id=flow_id, expected_revision=revision, state_json="a person's")
     ).unwrap()
 
-    signalled(lives, "word")
-    ended = lives.result(flow_id)
 
-    if seconds == LONG:
-        assert ended.state_json == {"answered": [1, "word"]}, "a new run reads the flow anew"
-    else:
-        assert ended.state_json == "a person's"
-        assert ended.status == "failed"
+@pytest.mark.parametrize("seconds", [0.1, LONG], ids=["standing", "later"])
+def test_a_person_s_change_is_a_conflict_for_a_controller_that_stays(
+    lives: Lives, seconds: float
+) -> None:
+    async def it(flow: FlowContext) -> None:
+        with anyio.move_on_after(1e6):
+            await flow.wait("answer", key=KEY)
+        await flow.update(state_json="the controller's")
+
+    lives.registry = registry_of(it=it)
+    flow_id = begun(lives, "it", seconds)
+    written_by_a_person(lives, flow_id)
+
+    signalled(lives, "word")
+
+    ended = lives.result(flow_id)
+    assert (ended.status, ended.state_json) == ("failed", "a person's")
 
 
 # ---- a review meanwhile ---------------------------------------------------------------------------

@@ -157,10 +157,13 @@ def _update(view: View, command: c.Update) -> Answer:
     flow = _admit(view, Operation.UPDATE, command.expected_revision)
     if isinstance(flow, Refusal):
         return flow
-    answer = _changed(flow, view.now, EventType.FLOW_UPDATED, command.patch)
+    # Whoever stands in a wait would know the flow as it was: woken, it is run again and sees what was done.
+    left = () if command.by_controller else _leave_wait(view, flow)
+    gone = {"park_at": None} if left else {}
+    answer = _changed(flow, view.now, EventType.FLOW_UPDATED, command.patch, **gone)
     if command.by_controller or isinstance(answer, Refusal):
         return answer
-    return _stamp_content(answer)
+    return msgspec.structs.replace(_stamp_content(answer), effects=left)
 
 
 def _finish(view: View, command: c.Finish) -> Answer:
