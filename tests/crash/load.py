@@ -157,7 +157,7 @@ class Load:
         now = self.waiters.now()
         async with asyncio.timeout(PATIENCE):
             while any(  # noqa: ASYNC110
-                update.bucket is None or (update.due_at or 0) <= now
+                update.bucket is None or update.items or (update.due_at or 0) <= now
                 for update in await flows.list_updates(status="pending", limit=1000)
             ):
                 await asyncio.sleep(0.005)

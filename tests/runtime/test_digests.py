@@ -113,6 +113,7 @@ async def test_what_was_put_by_for_one_owner_and_bucket_is_one_message_at_the_di
             ("mine", "bugs"): ["b1", "b2"],
             ("other", "digest"): ["x"],
         }
+        assert all(update.bucket == name for (_, name), update in told.items())
         whole = told["mine", "digest"]
         assert [item["flowId"] for item in whole.items] == [first, second, second]
         assert [item["data"] for item in whole.items] == [{"of": text} for text in "abc"]
@@ -360,7 +361,7 @@ class Refuses(FaultyStore):
         return await super().commit(writes)
 
 
-@pytest.mark.parametrize("count", [1, 255, 256, 300, 1100])
+@pytest.mark.parametrize("count", [1, 256, 600])
 async def test_a_digest_that_cannot_be_written_holds_up_nobody_else_and_is_written_when_it_can_be(
     clock: ManualClock, count: int
 ):
@@ -368,7 +369,7 @@ async def test_a_digest_that_cannot_be_written_holds_up_nobody_else_and_is_writt
     async with running(store, clock=clock, registry=puts_by(), notifier=notifier) as runtime:
         await put_by(flows_of(runtime, "a"), "a")
         await put_by(flows_of(runtime, "b"), *(f"{n}" for n in range(count)))
-        await put_by(flows_of(runtime, "c"), *(f"{n % 3}/{n}" for n in range(600)))
+        await put_by(flows_of(runtime, "c"), *(f"{n % 3}/{n}" for n in range(300)))
         store.owner = "b"
         at(clock, "2027-01-15 17:59")
         await pass_time(clock, 120, step=1)
@@ -378,7 +379,7 @@ async def test_a_digest_that_cannot_be_written_holds_up_nobody_else_and_is_writt
 
         assert store.refused > 1, "vacuous: nothing was refused, or it was not tried again"
         assert [update.owner_key for update in digests(notifier)].count("a") == 1
-        assert sum(len(u.items) for u in digests(notifier) if u.owner_key == "c") == 600
+        assert sum(len(u.items) for u in digests(notifier) if u.owner_key == "c") == 300
         assert not [u for u in digests(notifier) if u.owner_key == "b"]
         assert notifier.updates[-1].flow_id == flow_id
         store.owner = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from msgspec import Raw
+from msgspec import UNSET, Raw
 
 from flowstead.errors import SnapshotUnreadable
 from flowstead.model.approval import Approval, Grant
@@ -188,8 +188,17 @@ def test_the_columns_of_signals_and_updates_say_what_the_record_says() -> None:
     update = codec.update_row(full_update(), fresh=False)
 
     assert signal[:6] == (9, "alice", "w", "id", False, NOW + 1000)
-    assert update[:8] == (10, "alice", 7, "done", "pending", NOW, 3, "daily")
+    assert update[:7] == (10, "alice", 7, "done", "pending", NOW, 3)
     assert (signal.fresh, update.fresh) == (True, False)
+
+
+def test_what_is_put_by_waits_in_its_bucket_and_the_digest_that_is_made_of_it_does_not() -> None:
+    digest, item = full_update(), msgspec.structs.replace(full_update(), items=UNSET)
+
+    rows = [codec.update_row(update, fresh=True) for update in (digest, item)]
+
+    assert (digest.bucket, item.bucket) == ("daily", "daily")
+    assert [row.bucket for row in rows] == [None, "daily"]
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,6 @@ class Postman:
             text=compose_text(first.bucket or "", len(part.items)),
             data=UNSET,
             items=part.told,
-            bucket=None,
             created_at=now,
             due_at=now,
         )

@@ -45,10 +45,11 @@ class Update(
     """One message to the owner of a flow.
 
     `idempotency_key` is the same for every attempt: a receiver that has seen it has seen the update. `text` is a
-    sentence for people, `data` JSON for programs, `items` what a digest has collected. `requester_origin` is the
-    address: where the flow's request came from. A digest belongs to an owner, not to one flow: its `flow_id` is
-    that of the first item. `attempt` counts deliveries tried, from 1. Instants are epoch milliseconds. `number` is
-    its place in a list of updates: that of the last one of a page is the next page's `after`.
+    sentence for people, `data` JSON for programs, `items` what a digest has collected in its `bucket`.
+    `requester_origin` is the address: where the flow's request came from. A digest belongs to an owner, not to one
+    flow: its `flow_id` is that of the first item. `attempt` counts deliveries tried, from 1. Instants are epoch
+    milliseconds. `number` is its place in a list of updates: that of the last one of a page is the next page's
+    `after`.
     """
 
     idempotency_key: str

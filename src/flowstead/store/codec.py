@@ -106,7 +106,10 @@ class SignalRow(NamedTuple):
 
 
 class UpdateRow(NamedTuple):
-    """One update, in column order. The store may give it another key and version than its record has."""
+    """One update, in column order. The store may give it another key and version than its record has.
+
+    `bucket` says that it waits to go out together with others.
+    """
 
     key: int
     owner_key: str
@@ -202,7 +205,8 @@ def update_row(update: StoredUpdate, *, fresh: bool) -> UpdateRow:
         update.status,
         update.due_at,
         update.version,
-        update.bucket,
+        # A digest names the bucket it came of, and goes out alone.
+        update.bucket if update.items is UNSET else None,
         encode(update).decode(),
         fresh,
     )
