@@ -164,7 +164,8 @@ class ScopedVerbs(ScopedFlows):
         caller after acceptance does not take it back.
 
         Args:
-            input_json: Another input than the one it failed with.
+            input_json: Another input than the one it failed with. A child that was begun under an approval takes
+                no other than what was approved.
         """
         engine, wanted = self._core.enter(), arguments.lookup(task_id, "task_id")
         encoded = UNSET if input_json is UNSET else self._encode_any(input_json, "input_json")

@@ -8,7 +8,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowstead import Decision, FlowContext, NotApproved, OpenWait, Task, TaskContext, VoteReport
+from flowstead import (
+    Decision,
+    FlowContext,
+    NeedsReview,
+    NotApproved,
+    OpenWait,
+    Task,
+    TaskContext,
+    TaskRetryReport,
+    VoteReport,
+)
 from flowstead.model.approval import Rules
 from flowstead.rules import approvals
 from tests.runtime.support import OWNER, STRANGER, Lives, bound, make
@@ -801,6 +811,39 @@ def test_an_allowed_step_that_fails_is_not_allowed_to_another_step(lives: Lives)
 
     till.check_nothing_begun("approved")
     assert [type(error).__name__ for error in till.raised] == ["ChildFailed", "NotApproved"]
+
+
+@RESTARTS
+def test_an_allowed_step_that_needs_review_is_tried_again_with_what_was_approved_and_nothing_else(
+    lives: Lives, between: str | None
+) -> None:
+    class Wary(Till):
+        async def pay(self, ctx: TaskContext, given: Any) -> str:
+            if ctx.attempt == 1:
+                raise NeedsReview("the bank asks for a person")
+            return await super().pay(ctx, given)
+
+    till = Wary(lives, between)
+    till.vote("approve", "ann")
+    [payment] = till.payments()
+
+    def retry(items: Any) -> TaskRetryReport:
+        return lives.play(lives.flows.retry_task(payment.task_id, input_json=items))
+
+    refused = [retry(items) for items in ({**ITEMS, "amount": 820_000}, None, {}, [ITEMS])]
+    till.turn_over()
+    before = list(till.paid)
+    granted = retry(dict(reversed(ITEMS.items())))
+    till.turn_over()
+
+    assert [(report.found, report.retried) for report in refused] == [(True, False)] * 4
+    assert {report.reason for report in refused} == {
+        "The child was begun under an approval, and what was approved is not this input."
+        " Nothing changed."
+    }
+    assert before == []
+    assert granted.retried
+    till.check_paid()
 
 
 # ---- asked otherwise after a restart --------------------------------------------------------------

@@ -7,7 +7,7 @@ was what was wrong; or cancel the child, and the flow goes on without it.
 from __future__ import annotations
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.model import command as c
 from flowstead.model.code import TASK_NOT_FOUND, Code, Refusal
@@ -15,6 +15,7 @@ from flowstead.model.event import EventType
 from flowstead.model.flow import FlowStatus, StoredFlow, has_ended
 from flowstead.model.task import StoredTask, TaskStatus
 from flowstead.rules import endings, lifecycle
+from flowstead.rules.approvals import digest_of_raw
 from flowstead.rules.lifecycle import Operation
 from flowstead.rules.overdue import blocker_of
 from flowstead.rules.view import (
@@ -88,6 +89,9 @@ def retry_task(view: View, command: c.RetryTask) -> Answer:
         return Refusal(Code.NOT_RETRYABLE, "Task stands in line already.")
     if isinstance(command.input_json, c.Defect):
         return defect_refusal(command.input_json)
+    if not _is_allowed(flow, task, command.input_json):
+        told = "The child was begun under an approval, and what was approved is not this input."
+        return Refusal(Code.NOT_APPROVED, f"{told} Nothing changed.")
     change = endings.request_retry(task, view.now, command.input_json)
     answer = Decision(
         tasks=(change[0],),
@@ -96,6 +100,14 @@ def retry_task(view: View, command: c.RetryTask) -> Answer:
         answered=(task.task_id,),
     )
     return unblock(view, flow, task, answer)
+
+
+def _is_allowed(flow: StoredFlow, task: StoredTask, input_json: Raw | UnsetType) -> bool:
+    """Whether a child may have this input: any, or exactly the items of the approval it was begun under."""
+    if input_json is UNSET:
+        return True
+    approved = {g.items_digest for g in flow.grants.values() if g.used_by == task.run_id}
+    return not approved or digest_of_raw(input_json) in approved
 
 
 def approve_blocker(view: View, flow: StoredFlow) -> Decision:
