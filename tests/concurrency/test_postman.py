@@ -299,6 +299,79 @@ async def test_a_jump_of_the_clock_is_noticed_within_a_minute(clock: ManualClock
         assert told(channel.updates) == ["test is done."]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("back", [2.0, 3600.0, 24 * 3600.0, 400 * 24 * 3600.0])
+async def test_a_clock_that_is_put_back_makes_nobody_wait_longer_for_the_next_attempt(
+    clock: ManualClock, back: float, restart: bool
+):
+    channel, store = RecordingNotifier(), FaultyStore()
+    policy = Retry(max_attempts=9, initial=120.0, factor=1.0, max_delay=120.0, jitter=0.0)
+    channel.go_down()
+    async with running(store, clock=clock, notifier=channel, deliveries=policy) as runtime:
+        await end_a_flow(flows_of(runtime))
+        assert channel.attempts == 1
+        if not restart:
+            clock.set(clock.now() - round(back * 1000))
+            await pass_time(clock, 115)
+            assert channel.attempts == 1
+            await pass_time(clock, 65)
+            assert channel.attempts == 2
+
+    if restart:
+        clock.set(clock.now() - round(back * 1000))
+    channel.come_up()
+    async with running(store, clock=clock, notifier=channel, deliveries=policy) as runtime:
+        await pass_time(clock, 180)
+
+        assert told(channel.updates) == ["test is done."]
+        update = await the_update(flows_of(runtime))
+        assert (update.status, update.attempt) == ("delivered", 2 if restart else 3)
+
+
+async def test_what_is_on_its_way_while_the_clock_is_put_back_is_not_sent_twice(clock: ManualClock):
+    slow, channel = Slow(), RecordingNotifier()
+    ways = ByGoal(slow=slow, plain=channel)
+    limits = Limits(delivery_seconds=1000)
+    async with running(
+        clock=clock, notifier=ways, deliveries=ALWAYS, limits=limits, registry=says("a", "b")
+    ) as runtime:
+        made = flows_of(runtime).create_managed(controller_id="says", goal="slow")
+        flow_id = (await soon(made)).flow_id
+        await settle()
+        assert (slow.waiting, told(slow.began)) == (1, ["a"])
+
+        clock.set(clock.now() - DAY_MS)
+        await end_a_flow(flows_of(runtime), "plain")
+        while slow.waiting:
+            await slow.answer()
+            await pass_time(clock, 5)
+
+        assert told(slow.began) == ["a", "b", "slow is done."]
+        assert told(channel.updates) == ["plain is done."]
+        rows = await soon(flows_of(runtime).list_updates(flow_id))
+        assert {update.status for update in rows} == {"delivered"}
+
+
+async def test_a_file_whose_next_attempt_is_years_off_is_seen_to_by_the_next_process(
+    clock: ManualClock,
+):
+    channel, store = RecordingNotifier(), FaultyStore()
+    async with running(store, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        channel.go_down()
+        flow_id = await end_a_flow(flows_of(runtime))
+        clock.set(clock.now() + 400 * DAY_MS)
+        await pass_time(clock, 61)
+        assert channel.attempts > 1
+
+    clock.set(clock.now() - 399 * DAY_MS)
+    channel.come_up()
+    async with running(store, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        await settle()
+
+        [update] = await soon(flows_of(runtime).list_updates(flow_id))
+        assert update.status == "delivered"
+
+
 # ---- notifiers that misbehave ---------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ end of its own flow.
 A digest is made of what was put by for one owner until an instant: its items are sealed into one update in a single
 transaction, and that is sent like any other. What is too long for one is sealed into several. One that cannot be
 written holds up nobody else's, nor any other update.
+
+How long to wait for the next attempt is a duration, kept as an instant: if the clock is put back, it moves along.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ _AGAIN_SECONDS: Final = 1.0
 _LONGEST_SECONDS: Final = 60.0
 _LONGEST_REASON: Final = 200
 _LONGEST_WAIT: Final = 24 * 3600.0
+_PUT_BACK_MS: Final = 1000
+_EVER: Final = 2**53
 
 Send = Callable[[Update], Awaitable[None]]
 
@@ -81,6 +85,7 @@ class Postman:
         self._under_way: dict[int, asyncio.Task[None]] = {}
         # Flows whose delivery came back while a page was read: what the page says of them is old.
         self._came_meanwhile: set[int] = set()
+        self._looked_at: int | None = None
         self._is_closed = False
         self.delivered = self.failed = 0
 
@@ -95,7 +100,7 @@ class Postman:
         """Send what is due, for ever; cancelled at shutdown."""
         while True:
             self._look.clear()
-            for job in (self._seal_digests, self._send_due):
+            for job in (self._see_to_clock, self._seal_digests, self._send_due):
                 try:
                     await job()
                 except StoreError as error:
@@ -113,6 +118,38 @@ class Postman:
             task.cancel()
         if sending:
             await asyncio.wait(sending, timeout=_AGAIN_SECONDS)
+
+    # ---- the clock --------------------------------------------------------------------------------
+
+    async def _see_to_clock(self) -> None:
+        """What waits for its next attempt does not wait longer because the clock was put back."""
+        now, last = self._clock.now(), self._looked_at
+        if last is None:
+            # How far it was put back while nobody lived, nobody knows.
+            if await self._store.next_update_due(after=now) is not None:
+                await self._bring_forward(partial(self._earlier, now=now))
+        elif last - now >= _PUT_BACK_MS:
+            await self._bring_forward(lambda update, at: max(now, at - (last - now)))
+        self._looked_at = now
+
+    async def _bring_forward(self, instant: Callable[[StoredUpdate, int], int]) -> None:
+        if self._under_way:
+            # Else this might be written over what became of them.
+            await asyncio.wait(self._under_way.values())
+        waiting = await self._store.list_updates_due(until=_EVER, limit=_ALL)
+        moved = [
+            msgspec.structs.replace(update, due_at=at)
+            for update in waiting
+            if update.due_at is not None and (at := instant(update, update.due_at)) < update.due_at
+        ]
+        if moved:
+            rows = [codec.update_row(update, fresh=False) for update in moved]
+            await write_alone(self._committer, FlowWrite(None, (), (), (), rows))
+
+    def _earlier(self, update: StoredUpdate, at: int, *, now: int) -> int:
+        """When an update is due that an earlier process left, if it went by another clock."""
+        longest = round(max(self._retry.max_delay, _LONGEST_WAIT) * 1000)
+        return now if update.created_at > now or at > now + longest else at
 
     # ---- what is due ------------------------------------------------------------------------------
 

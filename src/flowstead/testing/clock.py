@@ -51,5 +51,10 @@ class ManualClock:
         self._now = until
 
     def set(self, now: int) -> None:
-        """Jump to an instant, as a wall clock does when it is corrected; nothing is called back."""
+        """Jump to an instant, as a wall clock does when it is corrected; nothing is called back.
+
+        What was to be called back after some time is not put off by a jump back: the event loop counts for itself.
+        """
+        back = max(0.0, self._now - now)
+        self._calls = [(at - back, order, call) for at, order, call in self._calls]
         self._now = float(now)
