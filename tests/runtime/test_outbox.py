@@ -685,6 +685,103 @@ async def test_a_wait_that_is_set_again_with_the_same_reminder_harms_nobody(cloc
         assert runtime.statistics().failed_writes == 0
 
 
+def asks(after: Callable[[FlowContext], Awaitable[None]]) -> Registry:
+    registry = Registry()
+
+    @registry.controller("asks")
+    async def controller(flow: FlowContext) -> None:
+        await flow.notify("first")
+        await flow.wait("answer", timeout=100, remind=[90], prompt="Well?", kind="k")
+        await after(flow)
+
+    return registry
+
+
+async def stay(flow: FlowContext) -> None:
+    await flow.sleep("long", 10**6)
+
+
+async def leave(flow: FlowContext) -> None: ...
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("after", [stay, leave])
+async def test_a_reminder_put_off_by_the_channel_is_told_while_somebody_waits_and_no_longer(
+    clock: ManualClock, after: Callable[[FlowContext], Awaitable[None]], restart: bool
+):
+    store, notifier = FaultyStore(), RecordingNotifier()
+    given: dict[str, Any] = {"clock": clock, "notifier": notifier, "deliveries": ONCE_A_SECOND}
+    async with running(store, registry=asks(after), **given) as runtime:
+        flows = flows_of(runtime)
+        answered = await new_flow(flows, "asks")
+        clock.advance(1)
+        await settle()
+        open_one = await soon(flows.create_managed(controller_id="asks", goal="open"))
+        await settle()
+        assert [update.text for update in notifier.updates] == ["first"] * 2
+        notifier.go_down()
+        for _ in range(12):
+            clock.advance(1)
+            await settle()
+        assert notifier.attempts > 3, "vacuous: nobody was reminded"
+        report = await soon(flows.signal(flow_id=answered, name="answer"))
+        assert report.matched == 1
+        await settle()
+        if not restart:
+            notifier.come_up()
+            clock.advance(1)
+            await settle()
+    notifier.come_up()
+    async with running(store, registry=asks(after), **given) as runtime:
+        clock.advance(1)
+        await settle()
+
+        told = {update.flow_id: update for update in notifier.updates if update.kind == "reminder"}
+        assert list(told) == [open_one.flow_id]
+        assert told[open_one.flow_id].text == "Reminder: Well?"
+        rows = await soon(flows_of(runtime).list_updates(answered))
+        status = {str(update.kind): update.status for update in rows}
+        assert (status["notice"], status["reminder"]) == ("delivered", "superseded")
+        assert ("done" in status) == (after is leave)
+        assert not await soon(flows_of(runtime).list_updates(status="pending"))
+
+
+@pytest.mark.parametrize("how", ["resumed", "set again", "ended"])
+async def test_a_reminder_of_a_flow_s_own_wait_is_not_told_of_another(clock: ManualClock, how: str):
+    notifier = RecordingNotifier()
+    async with running(
+        clock=clock, registry=registry(), notifier=notifier, deliveries=ONCE_A_SECOND
+    ) as runtime:
+        flows = flows_of(runtime)
+        flow_id = await new_flow(flows)
+        notifier.go_down()
+        wait = {"kind": "k", "prompt": "Well?", "remindAt": clock.now() + 1000}
+        await soon(flows.set_waiting(flow_id=flow_id, expected_revision=0, wait_json=wait))
+        for _ in range(3):
+            clock.advance(1)
+            await settle()
+        assert notifier.attempts > 1, "vacuous: nobody was reminded"
+        flow = await soon(flows.get(flow_id))
+        assert flow is not None
+        seen = {"flow_id": flow_id, "expected_revision": flow.revision}
+        if how == "ended":
+            await soon(flows.finish(**seen))
+        elif how == "resumed":
+            await soon(flows.resume(**seen))
+        else:
+            await soon(flows.set_waiting(**seen, wait_json=wait | {"prompt": "And this?"}))
+        notifier.come_up()
+        for _ in range(3):
+            clock.advance(1)
+            await settle()
+
+        texts = [update.text for update in notifier.updates]
+        assert "Reminder: Well?" not in texts
+        assert texts == {"ended": ["test is done."], "set again": ["Reminder: And this?"]}.get(
+            how, []
+        )
+
+
 # ---- files ----------------------------------------------------------------------------------------
 
 

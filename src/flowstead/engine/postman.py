@@ -4,7 +4,7 @@ Theory of operation. An update is a row before anybody is told. The postman read
 notifier, and writes down what became of it. If the process dies between the two, the next one sends the update
 again, under the same idempotency key: a receiver that keeps the keys sees it once. Of one flow only one update is
 on its way at a time, oldest first. One that failed and waits for its next attempt holds up nobody, not even the
-end of its own flow.
+end of its own flow. A reminder goes out only while the wait is open.
 
 A digest is made of what was put by for one owner until an instant: its items are sealed into one update in a single
 transaction, and that is sent like any other. What is too long for one is sealed into several. One that cannot be
@@ -36,7 +36,7 @@ from flowstead.model.flow import FlowKey
 from flowstead.model.limits import Limits
 from flowstead.model.retry import Retry
 from flowstead.model.update import PROGRESS, StoredUpdate, Update, UpdateKind, UpdateStatus
-from flowstead.rules import news
+from flowstead.rules import due_waits, news
 from flowstead.rules.classify import retry_after_of
 from flowstead.rules.digests import Part, compose_text, parted
 from flowstead.store import codec
@@ -205,6 +205,9 @@ class Postman:
             self._look.set()
 
     async def _deliver(self, update: StoredUpdate) -> None:
+        if update.kind is UpdateKind.REMINDER and await self._is_over(update):
+            gone = msgspec.structs.replace(update, status=UpdateStatus.SUPERSEDED, due_at=None)
+            return await self._write([codec.update_row(gone, fresh=False)])
         trying = msgspec.structs.replace(update, attempt=update.attempt + 1)
         error = await self._try(trying)
         now = self._clock.now()
@@ -224,6 +227,13 @@ class Postman:
         log.warning("update.put_off", flow_id=update.flow_id, attempt=failed.attempt, seconds=wait)
         await self._write([codec.update_row(later, fresh=False)])
         return None
+
+    async def _is_over(self, reminder: StoredUpdate) -> bool:
+        """Whether the wait that a reminder is of has been answered, or has ended with its flow."""
+        waits = await self._store.list_open_waits(
+            Scope(reminder.owner_key), flow_id=reminder.flow_id, after_key=0, limit=_ALL
+        )
+        return not any(due_waits.is_reminder_of(reminder, wait) for wait in waits)
 
     async def _try(self, update: StoredUpdate) -> Exception | None:
         """Hand it to the notifier, for so long and no longer; answers what went wrong."""

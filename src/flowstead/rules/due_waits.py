@@ -15,7 +15,7 @@ from flowstead.model.approval import Verdict
 from flowstead.model.event import EventType
 from flowstead.model.flow import Failure, FlowStatus, StoredFlow, has_ended
 from flowstead.model.task import Cancelled, StoredTask, TimedOut
-from flowstead.model.update import UpdateKind
+from flowstead.model.update import StoredUpdate, UpdateKind
 from flowstead.model.wait import OnTimeout, Wait, WaitKind
 from flowstead.rules import answers, endings, waits
 from flowstead.rules.endings import NULL
@@ -29,6 +29,7 @@ from flowstead.rules.view import (
     change_flow,
     change_task,
 )
+from flowstead.rules.wait_keys import token_digest_of
 
 
 def see_to(view: View, flow: StoredFlow, overdue: list[StoredTask]) -> Decision:
@@ -51,7 +52,7 @@ def see_to(view: View, flow: StoredFlow, overdue: list[StoredTask]) -> Decision:
     answer = _flow_due(view, flow, late, is_woken=is_woken)
     if answer.flow is None and flow.wait is not None:
         # A wait of the flow's own may come back, and be reminded of at the same instant.
-        news += _reminders("wait", f"r{flow.revision}", flow.wait, view.now)
+        news += _reminders("wait", _own_name(flow), flow.wait, view.now)
         answer = _reminded(view, flow, flow.wait)
     return msgspec.structs.replace(
         answer,
@@ -136,6 +137,19 @@ def _reminders(name: str, slot: str, wait: Wait, now: int) -> list[News]:
     return [
         News(kind=UpdateKind.REMINDER, slot=f"reminder:{slot}:{due[-1]}", text=f"Reminder: {told}")
     ]
+
+
+def is_reminder_of(update: StoredUpdate, wait: StoredFlow | StoredTask) -> bool:
+    """Whether a reminder is of this wait: of a child that waits, or of the flow's own."""
+    name = update.slot.removeprefix("reminder:").rpartition(":")[0]
+    if isinstance(wait, StoredTask):
+        return name == wait.task_id
+    # Those of earlier versions do not say which wait of the flow's own it was.
+    return name.partition(".")[2] in ("", _own_name(wait).partition(".")[2])
+
+
+def _own_name(flow: StoredFlow) -> str:
+    return f"r{flow.revision}.{token_digest_of(flow.wait) or ''}"
 
 
 def _without_reminders(wait: Wait, now: int) -> Wait:
