@@ -10,6 +10,7 @@ controller has to keep is that the same step has the same name when it is run ag
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class FlowContext(FlowWaits):
         self._steps = Steps(engine, functions, key)
         self._standing = Standing(self._steps)
         self._digest_time = digest_time
+        self._questions = defaultdict(deque)
         self._asked: asyncio.Future[Reply] | None = None
 
     def _know(self, doc: bytes) -> None:
@@ -228,8 +230,9 @@ class FlowContext(FlowWaits):
 
         Cancelling only stops the waiting.
         """
-        tasks = [await step.ended() for step in steps]
-        return [outcome_of(task) if return_outcomes else result_of(task) for task in tasks]
+        for step in steps:
+            await step.ended()
+        return [await (step.outcome() if return_outcomes else step.result()) for step in steps]
 
     def as_completed(self, steps: Iterable[Step]) -> AsyncIterator[Step]:
         """The steps in the order in which their children end: `async for step in flow.as_completed(steps)`.

@@ -7,7 +7,9 @@ memory, and is run again from the top when it is woken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -36,12 +38,19 @@ class WaitStep(Step):
     """A wait that is open while its controller goes on. Made by `FlowContext.open_wait` and its kin.
 
     `token` answers it from outside, without knowing the flow: put it into a link. `digest` is what a vote must
-    name.
+    name. `result()` answers, and raises, as what waits at once does: `wait`, `sleep` or `approve`.
     """
 
-    def __init__(self, steps: Steps, standing: Standing, name: str, begun: Begun) -> None:
+    def __init__(
+        self,
+        steps: Steps,
+        standing: Standing,
+        name: str,
+        begun: Begun,
+        read: Callable[[Task], Any],
+    ) -> None:
         super().__init__(steps, name, begun)
-        self._standing, wait = standing, begun.wait
+        self._standing, self._reader, wait = standing, read, begun.wait
         self.token = None if wait is None else wait.token
         approval = None if wait is None else wait.approval
         self.digest = None if approval is None else approval.digest
@@ -53,6 +62,9 @@ class WaitStep(Step):
             self._end = begun.end
         return await super().ended()
 
+    def _read(self, task: Task) -> Any:
+        return self._reader(task)
+
 
 class FlowWaits:
     """What a controller can wait for, and whom it can tell."""
@@ -60,6 +72,8 @@ class FlowWaits:
     _steps: Steps
     _standing: Standing
     _digest_time: DigestTime
+    _questions: defaultdict[str, deque[str]]
+    """The steps of questions that were asked beside, by what they ask, until `approve` waits for them."""
 
     @property
     def flow(self) -> Flow:
@@ -122,7 +136,7 @@ class FlowWaits:
     ) -> WaitStep:
         """Open a wait and go on: to send its `token` to somebody, or to `select` over several.
 
-        Arguments as for `wait`.
+        Arguments as for `wait`, whose answer is that of the step's `result()`.
 
         Cancelling the caller after acceptance leaves the wait open.
 
@@ -132,7 +146,7 @@ class FlowWaits:
         draft = self._signal_draft(
             name, timeout, on_timeout, remind, prompt, schema, {**(key or {}), **fields}
         )
-        return await self._open(draft)
+        return await self._open(draft, partial(_answer, on_timeout=on_timeout, schema=schema))
 
     # ---- time -------------------------------------------------------------------------------------
 
@@ -152,7 +166,7 @@ class FlowWaits:
         self, name: str, seconds: float | None = None, *, wake_at: int | None = None
     ) -> WaitStep:
         """Start a timer and go on: to `select` over it. Cancelling the caller leaves it running."""
-        return await self._open(self._timer_draft(name, seconds, wake_at))
+        return await self._open(self._timer_draft(name, seconds, wake_at), result_of)
 
     # ---- several ----------------------------------------------------------------------------------
 
@@ -205,7 +219,7 @@ class FlowWaits:
         Args:
             prompt: The question, for people.
             items: What is decided about, as JSON: best the very input of the step that will do it.
-            name: The step's name in this flow; `approval` unless given.
+            name: The step's name in this flow; `approval` with `#2` and so on for later calls unless given.
             roles: Who may vote; as a mapping, how many approvals of each role are needed.
             approvers: The closed list of those who may vote, where there is one.
             quorum: How many must approve.
@@ -224,7 +238,7 @@ class FlowWaits:
         """
         draft = self._approval_draft(
             prompt, items, name, roles, approvers, quorum, veto, requested_by, four_eyes,
-            expires, remind, schema,
+            expires, remind, schema, beside=False,
         )  # fmt: skip
         return _decision(await self._stand_in(draft), draft)
 
@@ -246,15 +260,16 @@ class FlowWaits:
     ) -> WaitStep:
         """Ask for an approval and go on: to send its `token` and `digest` to the voters.
 
-        Arguments as for `approve`, which, called with the same, answers what they decided.
+        Arguments as for `approve`. `result()` of the step answers what they decided, as does `approve`, called
+        with the same.
 
         Cancelling the caller after acceptance leaves the question open.
         """
         draft = self._approval_draft(
             prompt, items, name, roles, approvers, quorum, veto, requested_by, four_eyes,
-            expires, remind, schema,
+            expires, remind, schema, beside=True,
         )  # fmt: skip
-        return await self._open(draft)
+        return await self._open(draft, partial(_decision, draft=draft))
 
     # ---- messages ---------------------------------------------------------------------------------
 
@@ -370,10 +385,10 @@ class FlowWaits:
         [begun] = await self._standing.stand([draft.run_id], [draft])
         return await Step(self._steps, draft.run_id, begun).ended()
 
-    async def _open(self, draft: TaskDraft) -> WaitStep:
+    async def _open(self, draft: TaskDraft, read: Callable[[Task], Any]) -> WaitStep:
         assert draft.run_id is not None
         [begun] = await self._steps.begin([draft])
-        return WaitStep(self._steps, self._standing, draft.run_id, begun)
+        return WaitStep(self._steps, self._standing, draft.run_id, begun, read)
 
     def _signal_draft(
         self,
@@ -444,8 +459,9 @@ class FlowWaits:
         expires: float | None,
         remind: Sequence[float],
         schema: Any,
+        *,
+        beside: bool,
     ) -> TaskDraft:
-        step = self._steps.name(name, "approval")
         wait = self._wait(WaitKind.APPROVAL, expires, "fail", remind, prompt, schema, {})
         rules = Rules(
             quorum=arguments.count(quorum, "quorum"),
@@ -456,11 +472,16 @@ class FlowWaits:
             requested_by=arguments.optional_text(requested_by, "requested_by"),
             four_eyes=arguments.flag(four_eyes, "four_eyes"),
         )
+        encoded = self._steps.encode_or_raise(items, "items")
+        shown = arguments.text(prompt, "prompt")
+        flow_id = self._steps.key.flow_id
+        question = approvals.shown_digest(encoded, rules, prompt=shown, flow_id=flow_id, step="")
+        step = self._question_step(name, question, beside=beside)
         approval = approvals.open_approval(
-            self._steps.encode_or_raise(items, "items"),
+            encoded,
             rules,
-            prompt=arguments.text(prompt, "prompt"),
-            flow_id=self._steps.key.flow_id,
+            prompt=shown,
+            flow_id=flow_id,
             step=step,
             revision=self.flow.revision,
         )
@@ -468,6 +489,16 @@ class FlowWaits:
             wait, inbox=inbox_of(WaitKind.APPROVAL, step), approval=approval
         )
         return self._steps.plain_draft(WaitKind.APPROVAL, step, wait=wait)
+
+    def _question_step(self, name: str | None, question: str, *, beside: bool) -> str:
+        """The step's name; without one, `approve` waits for what was asked beside already."""
+        asked = self._questions[question]
+        if name is None and asked and not beside:
+            return asked.popleft()
+        step = self._steps.name(name, "approval")
+        if name is None and beside:
+            asked.append(step)
+        return step
 
 
 def _veto(veto: bool | Sequence[str]) -> tuple[str, ...]:

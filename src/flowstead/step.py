@@ -68,7 +68,11 @@ class Step:
         Raises:
             ChildError: The child ended without a result.
         """
-        return result_of(await self.ended())
+        return self._read(await self.ended())
+
+    def _read(self, task: Task) -> Json:
+        """What the step answers, once it has ended."""
+        return result_of(task)
 
     async def cancel(self) -> None:
         """Have the child stopped; it ends as cancelled when its code does. One that has ended stays as it is.

@@ -481,6 +481,71 @@ def test_a_question_asked_beside_is_the_one_that_is_answered_afterwards(
     till.check_paid()
 
 
+class AsksWithoutAName(Later):
+    """A till that asks twice beside, the same and something else, and reads the answers afterwards."""
+
+    async def till(self, flow: FlowContext) -> None:
+        await flow.wait("go on")
+        first = await flow.ask_approval(PROMPT, self.items)
+        await flow.ask_approval("And now?", self.items)
+        other = await flow.approve("And now?", self.items)
+        same = await flow.approve(PROMPT, self.items)
+        again = await flow.approve(PROMPT, self.items, expires=60)
+        self.decisions.append(same)
+        assert await first.result() == same
+        await flow.finish(state_json=[d.name for d in (same, other, again)])
+
+
+@RESTARTS
+def test_a_question_asked_beside_needs_no_name_to_be_answered_afterwards(
+    lives: Lives, between: str | None
+) -> None:
+    till = AsksWithoutAName(lives, between)
+    till.go_on()
+    questions = lives.play(lives.flows.list_waits(till.flow_id))
+    assert [question.name for question in questions] == ["approval", "approval#2"]
+
+    for question in questions:
+        assert question.approval is not None
+        till.vote("approve", "ann", digest=question.approval.digest, name=question.name)
+    till.lives.pass_time(61)
+
+    # The question that was asked beside is waited for once; asking again is another one.
+    assert lives.result(till.flow_id).state_json == ["approval", "approval#2", "approval#3"]
+    assert till.verdict == "approved"
+
+
+@IN_MEMORY
+@pytest.mark.parametrize("way", ["approve", "expire", "withdraw"])
+def test_a_question_asked_beside_answers_the_decision_like_one_that_is_waited_for(
+    lives: Lives, way: str
+) -> None:
+    class Asks(Later):
+        async def till(self, flow: FlowContext) -> None:
+            step = await flow.ask_approval(PROMPT, self.items, name="may pay", expires=60)
+            await flow.wait("go on")
+            decision = await step.result()
+            [gathered] = await flow.gather(step)
+            self.decisions += [decision, gathered]
+            assert decision == await flow.approve(PROMPT, self.items, name="may pay", expires=60)
+            await self.act(flow, decision)
+
+    till = Asks(lives)
+    if way == "approve":
+        till.vote("approve", "ann", digest=digest_for(till))
+    elif way == "expire":
+        lives.pass_time(61)
+    else:
+        [question] = [t for t in lives.children(till.flow_id) if t.run_id == "may pay"]
+        lives.play(lives.flows.cancel_task(question.task_id))
+    till.go_on()
+
+    if way == "approve":
+        till.check_paid()
+    else:
+        till.check_nothing_begun({"expire": "expired", "withdraw": "withdrawn"}[way])
+
+
 @IN_MEMORY
 def test_an_early_vote_is_counted_also_where_the_question_is_asked_beside(lives: Lives) -> None:
     till = AsksFirst(lives)

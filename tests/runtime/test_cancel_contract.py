@@ -795,7 +795,7 @@ def _standing_still() -> dict[str, Step]:
 
     async def ask_approval(flow: FlowContext) -> None:
         step = await flow.ask_approval("Well?", 1, name="a", expires=0.5)
-        assert (await step.result())["verdict"] == "expired"
+        assert (await step.result()).verdict == "expired"
 
     async def approve(flow: FlowContext) -> None:
         assert (await flow.approve("Well?", 1, name="a", expires=0.5)).verdict == "expired"

@@ -12,6 +12,7 @@ from flowstead.testing import Schedule, Simulation
 from tests.runtime.support import Lives, bound, make
 from tests.runtime.waiting import (
     answer_in,
+    begun,
     check_waits_on,
     open_waits,
     registry_of,
@@ -112,6 +113,23 @@ def test_a_wait_that_is_to_go_on_answers_nothing_at_its_deadline(
     until_after(lives, how, down)
 
     assert answer_in(lives, flow_id) is None
+
+
+@pytest.mark.parametrize(("how", "down"), LIVES)
+def test_a_wait_that_is_open_beside_answers_nothing_at_its_deadline_too(
+    lives: Lives, how: str | None, down: float
+) -> None:
+    async def beside(flow: FlowContext) -> None:
+        step = await flow.open_wait("beside", timeout=DEADLINE, on_timeout="resume")
+        answers = [await step.result(), await flow.gather(step)]
+        await flow.finish(state_json={"answered": answers})
+
+    lives.registry.controller("beside")(beside)
+    flow_id = begun(lives, "beside")
+
+    until_after(lives, how, down)
+
+    assert answer_in(lives, flow_id) == [None, [None]]
 
 
 @pytest.mark.parametrize(("how", "down"), LIVES)

@@ -144,6 +144,9 @@ def test_of_a_type_that_was_asked_for_an_instance_is_returned(
     async def typed(flow: FlowContext) -> None:
         seen.append(await flow.wait("order", schema=Order, thread=1))
         seen.append(await flow.wait("count", schema=int, thread=2))
+        beside = await flow.open_wait("beside", schema=Order, thread=3)
+        seen.append(await (await flow.select(beside)).result())
+        seen.extend(await flow.gather(beside))
 
     lives.registry = registry_of(typed=typed)
     flow_id = begun(lives, "typed")
@@ -153,9 +156,10 @@ def test_of_a_type_that_was_asked_for_an_instance_is_returned(
     signalled(lives, {"items": [1]}, key={"thread": 1})
     assert signalled(lives, True, key={"thread": 2}).code == "wrong_shape"
     signalled(lives, 7, key={"thread": 2})
+    signalled(lives, {"items": [2]}, key={"thread": 3})
 
     assert lives.result(flow_id).status == "succeeded"
-    assert seen[-2:] == [Order(items=[1]), 7]
+    assert seen[-4:] == [Order(items=[1]), 7, Order(items=[2]), Order(items=[2])]
 
 
 def test_a_schema_that_makes_no_sense_is_refused_before_the_wait_is_opened(lives: Lives) -> None:
