@@ -68,10 +68,7 @@ async def answer_token(
         payload=payload,
         signal_id=signal_id,
     )
-    report = await send(core, key, command, signal_id, "token")
-    if report.code is SignalCode.UNAWAITED:
-        return _woke_nobody(SignalCode.LATE, "This token was used already, or its wait is over.")
-    return report
+    return await send(core, key, command, signal_id, "token")
 
 
 async def _find_token(
@@ -221,15 +218,15 @@ def letter_draft(core: Core, letter: Letter, payload: Raw, kind: str) -> TaskDra
     )
 
 
-def encoded_or_raise(core: Core, value: Json, name: str) -> Raw:
-    """User JSON as stored.
+def encoded_or_raise(core: Core, value: Json, name: str, *, max_bytes: int | None = None) -> Raw:
+    """User JSON as stored, bounded like a state unless said otherwise.
 
     Raises:
         InvalidState, StateTooLarge: It is nothing JSON can hold, or too much of it.
     """
     limits = core.engine.limits
     encoded = encode_json(
-        value, name=name, max_bytes=limits.state_bytes, max_depth=limits.json_depth
+        value, name=name, max_bytes=max_bytes or limits.state_bytes, max_depth=limits.json_depth
     )
     if isinstance(encoded, Defect):
         raise error_for(Code(encoded.code), encoded.reason)

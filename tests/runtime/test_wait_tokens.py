@@ -162,6 +162,32 @@ def test_the_token_of_a_step_is_the_same_when_the_controller_is_run_again(lives:
     assert first and later == [None], "a wait that is over has no token any more"
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_the_token_of_an_open_approval_takes_votes_and_says_so_to_whoever_answers_it(
+    lives: Lives, how: str | None
+) -> None:
+    async def asks(flow: FlowContext) -> None:
+        decision = await flow.approve("Pay?", {"amount": 82})
+        await flow.finish(state_json={"answered": decision.verdict})
+
+    lives.registry = registry_of(asks=asks)
+    flow_id = begun(lives, "asks")
+    if how is not None:
+        reopened(lives, how)
+    [question] = open_waits(lives)
+    assert question.token is not None and question.approval is not None
+
+    reports = [answered(lives, question.token, True), signalled(lives, True, token=question.token)]
+
+    assert [codes(report) for report in reports] == [("unawaited", 0, False, [])] * 2
+    assert {report.reason for report in reports} == {"This wait is answered by a vote."}
+    assert open_waits(lives) == [question]
+    vote = {"approver": "ada", "digest": question.approval.digest, "token": question.token}
+    assert lives.play(lives.flows.vote("approve", **vote)).counted
+    assert answer_in(lives, flow_id) == "approved"
+    assert codes(answered(lives, question.token, True)) == LATE
+
+
 def test_a_timer_cannot_be_answered_by_anybody(lives: Lives) -> None:
     async def sleeps(flow: FlowContext) -> None:
         await flow.sleep("nap", 1000)

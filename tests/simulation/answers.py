@@ -289,8 +289,7 @@ def _by_token(world: World, call: Call, at: int) -> set[str]:
             if task.wait is not None and task.wait.token == token:
                 if not task.is_active:
                     return {"late"}
-                found = _when_open(call, state, task.wait)
-                return {"late"} if found == {"unawaited"} else found
+                return _when_open(call, state, task.wait)
     was_one = any(
         state is not None and state.own is not None and state.own.token == token
         for log in world.flows_of(owner)

@@ -360,7 +360,7 @@ def test_a_token_of_the_flow_answers_no_other_wait_than_its_own(token: str, fits
         play(view, command)
         assert flow_of(view).status is RUNNING
     else:
-        refused(view, command, Code.UNAWAITED)
+        refused(view, command, Code.LATE)
 
 
 def test_a_wait_for_nothing_is_not_answered_by_the_key_of_the_one_before() -> None:

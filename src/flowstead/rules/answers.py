@@ -34,6 +34,7 @@ from flowstead.rules.view import (
 )
 
 _UNAWAITED = Refusal(Code.UNAWAITED, "Nobody waits for this.")
+_TOKEN_IS_SPENT = Refusal(Code.LATE, "This token was used already, or its wait is over.")
 _PLAIN = frozenset({WaitKind.SIGNAL, WaitKind.MESSAGE})
 
 
@@ -45,6 +46,8 @@ def deliver(view: View, command: c.Deliver) -> Answer:
     task = _child_for(view, flow, command)
     wait = (_own_wait(flow) if _is_own(flow, command) else None) if task is None else task.wait
     if wait is None:
+        if command.token is not None:
+            return _TOKEN_IS_SPENT
         is_known = command.task_id in view.children.run_ids
         return Refusal(Code.LATE, "This step is over.") if is_known else _UNAWAITED
     if refused := _unfit(view, wait, command.payload):
