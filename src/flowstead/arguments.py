@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from flowstead.model.retry import Retry
 from flowstead.model.wait import RESERVED
-from flowstead.rules.user_json import is_encodable
+from flowstead.rules.user_json import is_encodable, plain
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -209,8 +209,9 @@ def choices(value: object, kind: type[E], name: str) -> tuple[E, ...]:
     return tuple(choice(word, kind, name) for word in value)
 
 
-def wait_fields(fields: Mapping[str, object]) -> dict[str, object] | None:
+def wait_fields(key: object, more: Mapping[str, object]) -> dict[str, object] | None:
     """What a signal must name, or None for nothing: plain values, because they are compared as a whole."""
+    fields = {**(mapping_or_none(key, "key") or {}), **more}
     for name, value in fields.items():
         if not isinstance(name, str) or not is_encodable(name):
             raise TypeError(f"a wait's field must be named by a string, not {_kind(name)}.")
@@ -224,7 +225,7 @@ def wait_fields(fields: Mapping[str, object]) -> dict[str, object] | None:
             raise ValueError(f"{name} must be finite.")
         if isinstance(value, str) and not is_encodable(value):
             raise ValueError(f"{name} holds a lone surrogate, which cannot be stored.")
-    return dict(fields) or None
+    return {plain(name): plain(value) for name, value in fields.items()} or None
 
 
 def names(value: object, name: str) -> tuple[str, ...]:

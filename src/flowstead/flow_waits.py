@@ -113,13 +113,12 @@ class FlowWaits:
             ChildTimedOut: Nobody answered in time.
             ChildCancelled: Somebody withdrew the wait.
             CancelPending: A cancel is requested.
+            StateTooLarge: The key or the schema is over `Limits.wait_bytes`.
 
         Cancelling the caller leaves the wait open: the same step finds it again. Give `timeout` rather than putting
         `asyncio.timeout` around it: a controller that has left memory forgets that.
         """
-        draft = self._signal_draft(
-            name, timeout, on_timeout, remind, prompt, schema, {**(key or {}), **fields}
-        )
+        draft = self._signal_draft(name, timeout, on_timeout, remind, prompt, schema, key, fields)
         return _answer(await self._stand_in(draft), on_timeout, schema)
 
     async def open_wait(
@@ -143,9 +142,7 @@ class FlowWaits:
         Raises:
             CancelPending: A cancel is requested, and the wait is new.
         """
-        draft = self._signal_draft(
-            name, timeout, on_timeout, remind, prompt, schema, {**(key or {}), **fields}
-        )
+        draft = self._signal_draft(name, timeout, on_timeout, remind, prompt, schema, key, fields)
         return await self._open(draft, partial(_answer, on_timeout=on_timeout, schema=schema))
 
     # ---- time -------------------------------------------------------------------------------------
@@ -298,7 +295,7 @@ class FlowWaits:
 
         Cancelling the caller loses no message: the same step finds it again.
         """
-        wait = self._wait(WaitKind.MESSAGE, timeout, on_timeout, (), None, schema, {})
+        wait = self._wait(WaitKind.MESSAGE, timeout, on_timeout, (), None, schema)
         step = self._steps.name(name, f"receive:{inbox}")
         named = inbox_of(WaitKind.MESSAGE, arguments.text(inbox, "inbox"))
         wait = msgspec.structs.replace(wait, inbox=named)
@@ -398,10 +395,12 @@ class FlowWaits:
         remind: Sequence[float],
         prompt: str | None,
         schema: Any,
-        fields: dict[str, Json],
+        key: Mapping[str, Json] | None,
+        fields: Mapping[str, Json],
     ) -> TaskDraft:
         step = arguments.text(name, "name")
-        wait = self._wait(WaitKind.SIGNAL, timeout, on_timeout, remind, prompt, schema, fields)
+        named = arguments.wait_fields(key, fields)
+        wait = self._wait(WaitKind.SIGNAL, timeout, on_timeout, remind, prompt, schema, named)
         wait = msgspec.structs.replace(wait, inbox=inbox_of(WaitKind.SIGNAL, step))
         return self._steps.plain_draft(WaitKind.SIGNAL, step, wait=wait)
 
@@ -424,22 +423,22 @@ class FlowWaits:
         remind: Sequence[float],
         prompt: str | None,
         schema: Any,
-        fields: Mapping[str, Json],
+        key: dict[str, Json] | None = None,
     ) -> Wait:
         engine = self._steps.engine
+        most = engine.limits.wait_bytes
         seconds = arguments.seconds(timeout, "timeout")
         now = engine.clock.now()
         deadline = None if seconds is None else now + round(seconds * 1000)
-        key = arguments.wait_fields(fields)
         return Wait(
             kind=kind,
-            key=UNSET if key is None else self._steps.encode_or_raise(key, "key"),
+            key=UNSET if key is None else self._steps.encode_or_raise(key, "key", max_bytes=most),
             wait_key=None if key is None else wait_keys.wait_key(self._steps.key.owner_key, key),
             token=engine.ids.token(),
             prompt=arguments.optional_text(prompt, "prompt"),
             schema=UNSET
             if schema is None
-            else self._steps.encode_or_raise(shapes.schema_of(schema), "schema"),
+            else self._steps.encode_or_raise(shapes.schema_of(schema), "schema", max_bytes=most),
             deadline_at=deadline,
             on_timeout=arguments.choice(on_timeout, OnTimeout, "on_timeout"),
             remind_at=arguments.reminders(remind, deadline, now),
@@ -462,7 +461,7 @@ class FlowWaits:
         *,
         beside: bool,
     ) -> TaskDraft:
-        wait = self._wait(WaitKind.APPROVAL, expires, "fail", remind, prompt, schema, {})
+        wait = self._wait(WaitKind.APPROVAL, expires, "fail", remind, prompt, schema)
         rules = Rules(
             quorum=arguments.count(quorum, "quorum"),
             roles=arguments.names(roles, "roles"),

@@ -6,23 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.engine.engine import Engine
 from flowstead.model.code import Code
-from flowstead.model.command import Defect
+from flowstead.model.command import Defect, Encoded
 from flowstead.model.flow import Json
 from flowstead.model.wait import OnTimeout, Wait, WaitKind
 from flowstead.rules import shapes, wait_keys
+from flowstead.store import codec
 
 _ON_TIMEOUT = ", ".join(OnTimeout)
 
 
-def own_wait(engine: Engine, owner_key: str, wait_json: Json) -> Wait | Defect | None:
+def own_wait(
+    engine: Engine, owner_key: str, wait_json: Encoded | UnsetType
+) -> Wait | Defect | None:
     """How this wait is answered; None for no wait, a defect where a reserved field makes no sense."""
-    if wait_json is None or wait_json is UNSET:
+    if isinstance(wait_json, Defect):
+        return wait_json
+    # What is stored, not what was given: the key is that of the row.
+    given = codec.decode_json(wait_json)
+    if given is None:
         return None
-    fields = wait_json if isinstance(wait_json, Mapping) else {}
+    fields = given if isinstance(given, Mapping) else {}
     try:
         return _wait(engine, owner_key, fields)
     except _Senseless as found:
@@ -72,7 +79,7 @@ def _reminders(fields: Mapping[Any, Json]) -> tuple[int, ...]:
     return tuple(sorted(set(several)))
 
 
-def _schema(given: Json) -> Raw | msgspec.UnsetType:
+def _schema(given: Json) -> Raw | UnsetType:
     if given is None:
         return UNSET
     try:

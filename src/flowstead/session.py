@@ -109,7 +109,8 @@ class SessionFlows(SessionTasks):
         )
         given = None if flow_id is None else arguments.identifier(flow_id, "flow_id")
         standing = arguments.choice(status, FlowStatus, "status", _CREATABLE)
-        wait = own_wait(engine, self._session_key, wait_json) if standing in _STANDING else None
+        waited_for = self._encode_wait(wait_json)
+        wait = own_wait(engine, self._session_key, waited_for) if standing in _STANDING else None
         if isinstance(wait, Defect):
             raise error_for(Code(wait.code), wait.reason)
         draft = StoredFlow(
@@ -127,7 +128,7 @@ class SessionFlows(SessionTasks):
             current_step=arguments.optional_text(current_step, "current_step"),
             state_json=self._usable(self._encode(state_json, "state_json")),
             state_version=arguments.count(state_version, "state_version"),
-            wait_json=self._usable(self._encode_wait(wait_json)),
+            wait_json=self._usable(waited_for),
             wait=wait,
             wait_key=None if wait is None else wait.wait_key,
             wait_token=token_digest_of(wait),
@@ -176,9 +177,7 @@ class SessionFlows(SessionTasks):
             blocked_task_id, blocked_summary: Who or what needs attention, and why, for people.
         """
         encoded = self._encoded_or_null(wait_json)
-        wait = None
-        if not isinstance(encoded, Defect):
-            wait = own_wait(self._core.enter(), self._session_key, wait_json)
+        wait = own_wait(self._core.enter(), self._session_key, encoded)
         command = SetWaiting(
             expected_revision=arguments.revision(expected_revision),
             patch=self._patch(current_step, state_json),

@@ -60,21 +60,25 @@ class SessionSignals(ScopedVerbs):
             flow_id, name: The flow, and the step that waits there; without a name the flow's own wait.
             token: The wait's token.
             lifetime: Seconds that an early signal is kept; `Limits.signal_lifetime` unless given, None not to keep
-                it.
+                it. Not with a token, which answers what is open.
             key, fields: What is answered: exactly the plain fields of the wait. `key` is for fields whose names are
                 taken here.
 
         Raises:
-            InvalidState, StateTooLarge: The payload is nothing JSON can hold, or too much of it.
+            InvalidState, StateTooLarge: The payload, or the key, is nothing JSON can hold, or too much of it.
             MailboxFull: The flow has too much waiting. Nothing changed; try again.
             CommitFailed: Certainly not written.
             OutcomeUnknown: Nobody knows; with an `id` it is safe to send again.
-            ValueError, TypeError: It is not said what is answered.
+            ValueError, TypeError: It is not said what is answered, or an argument does not go with that.
         """
         self._core.enter()
-        answered = {**(key or {}), **fields}
-        if sum([bool(answered), flow_id is not None, token is not None]) != 1:
+        named = arguments.wait_fields(key, fields)
+        if sum([named is not None, flow_id is not None, token is not None]) != 1:
             raise ValueError("say what is answered: a key, flow_id (and name), or token.")
+        if name is not None and flow_id is None:
+            raise ValueError("name is a step of flow_id; a field of that name goes into key={...}.")
+        if lifetime is not UNSET and token is not None:
+            raise ValueError("lifetime is for a signal that may come early; a token never does.")
         encoded = self._payload(payload, "payload")
         signal_id = None if id is None else arguments.identifier(id, "id")
         seconds = self._lifetime(lifetime)
@@ -85,8 +89,9 @@ class SessionSignals(ScopedVerbs):
         if flow_id is not None:
             step = None if name is None else arguments.text(name, "name")
             return await self._signal_flow(flow_id, step, encoded, signal_id, seconds)
-        named = arguments.wait_fields(answered)
         assert named is not None
+        most = self._core.engine.limits.wait_bytes
+        encoded_or_raise(self._core, named, "key", max_bytes=most)
         signal = Signal(
             owner_key=self._session_key,
             wait_key=wait_keys.wait_key(self._session_key, named),

@@ -142,13 +142,13 @@ class Steps:
             **fields,
         )
 
-    def encode_or_raise(self, value: Json, name: str) -> Raw:
-        """User JSON as stored.
+    def encode_or_raise(self, value: Json, name: str, *, max_bytes: int | None = None) -> Raw:
+        """User JSON as stored, bounded like a state unless said otherwise.
 
         Raises:
             InvalidState, StateTooLarge: It is nothing JSON can hold, or too much of it.
         """
-        encoded = self.encode(value, name)
+        encoded = self.encode(value, name, max_bytes=max_bytes)
         if isinstance(encoded, Defect):
             raise error_for(Code(encoded.code), encoded.reason)
         assert encoded is not UNSET
@@ -261,12 +261,14 @@ class Steps:
         tasks = await self.engine.store.list_tasks(scope, self.key.flow_id, task_ids=task_ids)
         return {task.task_id: task for task in tasks}
 
-    def encode(self, value: Json | UnsetType, name: str) -> Encoded | UnsetType:
+    def encode(
+        self, value: Json | UnsetType, name: str, *, max_bytes: int | None = None
+    ) -> Encoded | UnsetType:
         """User JSON as stored, or the defect it has."""
         if value is UNSET:
             return UNSET
         limits = self.engine.limits
         encoded: Encoded = encode_json(
-            value, name=name, max_bytes=limits.state_bytes, max_depth=limits.json_depth
+            value, name=name, max_bytes=max_bytes or limits.state_bytes, max_depth=limits.json_depth
         )
         return encoded

@@ -6,13 +6,14 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flowstead import FlowContext, Limits, Runtime, SessionFlows, SignalReport, open_runtime
-from flowstead.errors import CommitFailed, MailboxFull, OutcomeUnknown
+from flowstead.errors import CommitFailed, InvalidState, MailboxFull, OutcomeUnknown, StateTooLarge
 from flowstead.store.memory import MemoryStore
 from flowstead.testing import ManualClock, Schedule, Simulation
 from tests.faulty_store import (
@@ -306,6 +307,14 @@ async def test_keys_that_are_no_plain_fields_are_refused_before_anything_happens
             (ValueError, {"kind": "x", "flow_id": "f"}),
             (ValueError, {"kind": "x", "token": "t"}),
             (ValueError, {"flow_id": "f", "token": "t"}),
+            (ValueError, {"kind": "x", "name": "bob"}),
+            (ValueError, {"token": "t", "name": "bob"}),
+            (ValueError, {"token": "t", "lifetime": 60}),
+            (ValueError, {"token": "t", "lifetime": None}),
+            (TypeError, {"key": "kind"}),
+            (TypeError, {"key": [("kind", "x")]}),
+            (InvalidState, {"key": {"value": 10**5_000}}),
+            (StateTooLarge, {"key": {"value": "x" * 65_536}}),
             (ValueError, {"key": {"prompt": "reserved"}}),
             (ValueError, {"key": {"value": float("nan")}}),
             (ValueError, {"key": {"value": "\ud800"}}),
@@ -322,6 +331,40 @@ async def test_keys_that_are_no_plain_fields_are_refused_before_anything_happens
                 await flows.signal(**given)
 
         assert runtime.statistics().commits == 0
+
+
+class Colour(StrEnum):
+    """A choice of the host's own."""
+
+    RED = "red"
+
+
+class Text(str):
+    """A text of a class of the host's own."""
+
+
+@pytest.mark.parametrize("given", [Text("reply"), Colour.RED, True, 3.5])
+def test_a_field_of_a_class_of_its_own_is_the_plain_value_it_is(lives: Lives, given: Any) -> None:
+    plain = str(given) if isinstance(given, str) else given
+    ledger = lives.play(make(lives.flows, status="waiting", wait_json={"thread": 1, "v": given}))
+    named = waiting(lives, key={"thread": 1, "v": plain})
+
+    assert signalled(lives, 1, key={"thread": 1, Text("v"): given}).matched == 2
+
+    assert answer_in(lives, named) == 1
+    assert lives.flow(ledger.flow_id).answer_json["payload"] == 1
+
+
+@pytest.mark.parametrize(
+    "asked", [{"key": {"v": "x" * 65_536}}, {"schema": {"enum": ["x" * 65_536]}}]
+)
+def test_a_wait_is_no_larger_than_its_limit(lives: Lives, asked: dict[str, Any]) -> None:
+    flow_id = waiting(lives, **asked)
+
+    ended = lives.flow(flow_id)
+
+    assert ended.failure is not None
+    assert (ended.failure.code, lives.children(flow_id)) == ("StateTooLarge", [])
 
 
 # ---- ids ------------------------------------------------------------------------------------------

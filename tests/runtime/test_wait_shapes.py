@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowstead import FlowContext, Rejected
+from flowstead import FlowContext, InvalidState, Rejected
 from flowstead.model.code import Code
 from tests.runtime.support import Lives, make
 from tests.runtime.waiting import (
@@ -231,6 +231,32 @@ def test_a_reserved_field_that_makes_no_sense_is_refused_with_its_path_and_nothi
     flow = lives.flow(refused.current.flow_id)
     assert (flow.status, flow.revision, flow.wait_json) == ("queued", 0, None)
     assert open_waits(lives) == []
+
+
+@pytest.mark.parametrize(
+    ("wait_json", "says"),
+    [
+        ({"kind": "\ud800"}, "wait_json['kind'] holds a lone surrogate"),
+        ({"n": 10**5_000}, "wait_json['n'] has too many digits."),
+        ({1: "a"}, "wait_json has a key of type int"),
+        ({"n": float("nan")}, "wait_json['n'] is nan"),
+        ({"deadlineAt": "soon"}, 'wait_json["deadlineAt"] must be epoch milliseconds.'),
+    ],
+)
+def test_what_a_flow_can_not_wait_for_is_refused_the_same_however_it_is_given(
+    lives: Lives, wait_json: Any, says: str
+) -> None:
+    with pytest.raises(InvalidState) as raised:
+        lives.play(make(lives.flows, status="waiting", wait_json=wait_json))
+    flow = lives.play(make(lives.flows))
+    refused = lives.play(
+        lives.flows.set_waiting(flow_id=flow.flow_id, expected_revision=0, wait_json=wait_json)
+    )
+
+    assert isinstance(refused, Rejected)
+    assert refused.reason == str(raised.value)
+    assert refused.reason.startswith(says)
+    assert [flow.status for flow in lives.play(lives.flows.list())] == ["queued"]
 
 
 @pytest.mark.parametrize("plain", [{}, {"nested": {"a": 1}, "list": [1]}, "words", [1, 2]])

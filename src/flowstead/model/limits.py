@@ -11,7 +11,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state_bytes: Largest `state_json`, task input or task result.
         state_warn_bytes: Above this a committed state is logged as large (its size, never its content).
-        wait_bytes: Largest `wait_json` and `requester_origin`.
+        wait_bytes: Largest `wait_json`, key or schema of a wait, and `requester_origin`.
         json_depth: Deepest nesting of lists and objects in user JSON.
         mailbox: Most mutations waiting for one flow; one more is refused as `overloaded`.
         running_children: Most launched children of one flow running at once, where no limit is given.

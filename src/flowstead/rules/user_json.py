@@ -21,8 +21,10 @@ from flowstead.model.command import Defect, Encoded
 from flowstead.model.flow import Json
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A scalar of a subclass (`Markup`, `numpy.str_`, …) as the plain value it is."""
+    if isinstance(value, bool):
+        return value
     if isinstance(value, str):
         return "".join(value)
     if isinstance(value, int):
@@ -32,7 +34,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(type(value).__qualname__)
 
 
-_encode = msgspec.json.Encoder(enc_hook=_plain).encode
+_encode = msgspec.json.Encoder(enc_hook=plain).encode
 _PLAIN = frozenset({str, int, bool, type(None)})
 
 
