@@ -42,7 +42,7 @@ from flowstead.registry import TaskDefinition
 from flowstead.results import raise_refusal
 from flowstead.rules.digests import DigestTime
 from flowstead.standing import Standing
-from flowstead.step import Completed, Step, first, result_of
+from flowstead.step import Completed, Step, distinct, first, result_of
 from flowstead.steps import Steps
 from flowstead.store import codec
 
@@ -171,7 +171,7 @@ class FlowContext(FlowWaits):
         step = self._steps.name(name, definitions[0].name)
         for place, definition in enumerate(definitions):
             named = f"{step}/fallback-{place}" if place else step
-            needed = None if approval is None else approval.grant
+            needed = _grant_in(approval)
             drafts = [self._steps.draft(definition, named, input, approval=needed)]
             [task] = await self._steps.ended(drafts, definition)
             if isinstance(outcome_of(task), Succeeded | Cancelled):
@@ -210,7 +210,7 @@ class FlowContext(FlowWaits):
         )
         definition = self._steps.define(function, policy)
         named = self._steps.name(name, definition.name)
-        needed = None if approval is None else approval.grant
+        needed = _grant_in(approval)
         drafts = [self._steps.draft(definition, named, input, approval=needed)]
         [begun] = await self._steps.begin(drafts, definition)
         return Step(self._steps, named, begun)
@@ -230,7 +230,7 @@ class FlowContext(FlowWaits):
 
         Cancelling only stops the waiting.
         """
-        for step in steps:
+        for step in distinct(steps):
             await step.ended()
         return [await (step.outcome() if return_outcomes else step.result()) for step in steps]
 
@@ -254,7 +254,7 @@ class FlowContext(FlowWaits):
 
         Cancelling only stops the waiting; as long as it waits, nothing is stopped.
         """
-        among = list(dict.fromkeys(steps))
+        among = distinct(steps)
         wanted = arguments.count(count, "count")
         if not 1 <= wanted <= len(among):
             raise ValueError(
@@ -417,6 +417,16 @@ class FlowContext(FlowWaits):
             if state_json is UNSET
             else self._steps.encode(state_json, "state_json"),
         )
+
+
+def _grant_in(approval: object) -> str | None:
+    """What a step must name to use a decision; None where it needs none."""
+    if approval is None:
+        return None
+    if isinstance(approval, Decision):
+        return approval.grant
+    what = type(approval).__qualname__
+    raise TypeError(f"approval must be the Decision that flow.approve answered, not {what}.")
 
 
 def _differ_by_standing_only(mine: bytes, current: bytes) -> bool:

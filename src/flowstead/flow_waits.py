@@ -26,7 +26,7 @@ from flowstead.results import raise_refusal
 from flowstead.rules import approvals, shapes, wait_keys
 from flowstead.rules.digests import DigestTime
 from flowstead.standing import Standing
-from flowstead.step import Completed, Step, result_of
+from flowstead.step import Completed, Step, distinct, result_of
 from flowstead.steps import Begun, Steps
 from flowstead.store import codec
 
@@ -152,6 +152,8 @@ class FlowWaits:
     ) -> None:
         """Stand still for so many seconds, or until an instant (epoch ms): durably, once, late rather than never.
 
+        `await flow.sleep("cool down", 60)`: like every step it has a name.
+
         Cancelling the caller leaves the timer running; the same step finds it again.
 
         Raises:
@@ -178,9 +180,10 @@ class FlowWaits:
 
         Raises:
             ValueError: There is nothing to select from.
+            TypeError: Something is no step, but perhaps the coroutine of one: `await` it first.
             CancelPending: A cancel is requested.
         """
-        among = list(dict.fromkeys(steps))
+        among = distinct(steps)
         if not among:
             raise ValueError("select needs at least one step.")
         await self._standing.stand([step.task_id for step in among])
@@ -405,13 +408,13 @@ class FlowWaits:
         return self._steps.plain_draft(WaitKind.SIGNAL, step, wait=wait)
 
     def _timer_draft(self, name: str, seconds: float | None, wake_at: int | None) -> TaskDraft:
+        step = arguments.text(name, "name")
         if (seconds is None) == (wake_at is None):
             raise ValueError("give either seconds or wake_at.")
         at = arguments.instant(wake_at, "wake_at")
         if at is None:
             wait = arguments.duration(seconds, "seconds")
             at = self._steps.engine.clock.now() + round(wait * 1000)
-        step = arguments.text(name, "name")
         timer = Wait(kind=WaitKind.TIMER, deadline_at=at)
         return self._steps.plain_draft(WaitKind.TIMER, step, wait=timer)
 

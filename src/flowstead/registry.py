@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 import msgspec
@@ -126,10 +127,17 @@ class Registry:
         return register if function is None else register(function)
 
     def controller(self, controller_id: str) -> Callable[[F], F]:
-        """Register `async def fn(flow: FlowContext)` as the code that drives flows of this controller id."""
+        """Register `async def fn(flow: FlowContext)` as the code that drives flows of this controller id.
+
+        Raises:
+            TypeError: It is no `async def`; a plain one could not wait for anything.
+            ValueError: The id is taken, or blank.
+        """
         given = arguments.text(controller_id, "controller_id")
 
         def register(function: F) -> F:
+            if not _is_async(function):
+                raise TypeError(f"the controller {given!r} must be an async def of (flow).")
             if given in self.controllers:
                 raise ValueError(f"a controller {given!r} is already registered.")
             self.controllers[given] = function
@@ -179,3 +187,8 @@ class Registry:
             known = ", ".join(sorted(self.tasks)) or "none"
             raise ValueError(f"no task named {run!r} is registered; registered are: {known}.")
         return self.tasks[run]
+
+
+def _is_async(function: object) -> bool:
+    """Whether calling it makes a coroutine: an `async def`, or an object whose `__call__` is one."""
+    return iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__)

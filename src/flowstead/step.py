@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -95,6 +96,25 @@ class Step:
         return self._task
 
 
+def distinct(steps: Iterable[Step]) -> list[Step]:
+    """The steps, each once.
+
+    Raises:
+        TypeError: Something is none.
+    """
+    among: dict[Step, None] = {}
+    for step in steps:
+        if inspect.iscoroutine(step):
+            step.close()  # it is told of here, and not once more by a warning
+        if not isinstance(step, Step):
+            what = type(step).__qualname__
+            raise TypeError(
+                f"a step is needed, as `await flow.start(...)` or `open_wait` answers it, not {what}."
+            )
+        among[step] = None
+    return list(among)
+
+
 def result_of(task: Task) -> Json:
     """What an ended child returned.
 
@@ -121,7 +141,7 @@ class Completed:
     """
 
     def __init__(self, steps: Iterable[Step]) -> None:
-        self._left = list(dict.fromkeys(steps))
+        self._left = distinct(steps)
         self._ready: deque[Step] = deque()
 
     def __aiter__(self) -> Completed:

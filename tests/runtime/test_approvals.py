@@ -389,6 +389,25 @@ def test_a_role_is_known_without_the_white_space_around_it(lives: Lives) -> None
     assert till.vote("approve", "ann", role="lead").verdict == "approved"
 
 
+@IN_MEMORY
+@pytest.mark.parametrize("given", [True, "may pay", {"verdict": "approved"}])
+def test_only_a_decision_is_an_approval(lives: Lives, given: Any) -> None:
+    class Careless(Till):
+        async def act(self, flow: FlowContext, decision: Decision) -> None:
+            for begin in (flow.run, flow.start):
+                with pytest.raises(
+                    TypeError, match=r"approval must be the Decision that flow\.app"
+                ):
+                    await begin("pay", decision.items, approval=given)
+
+    till = Careless(lives)
+
+    till.vote("approve", "ann")
+
+    assert lives.result(till.flow_id).status == "succeeded"
+    assert till.payments() == []
+
+
 # ---- time -----------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import decimal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import IntEnum, StrEnum
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from flowstead import (
     Limits,
     Nested,
     Refused,
+    Registry,
     Rejected,
     Retry,
     Runtime,
@@ -806,3 +808,41 @@ def test_a_limit_is_positive(value: Any) -> None:
     for name in Limits.__struct_fields__:
         with pytest.raises((ValueError, TypeError)):
             Limits(**{name: value})
+
+
+# ---- controllers -----------------------------------------------------------------------------------
+
+
+def _plain(_: Any) -> None:
+    """No coroutine comes of it."""
+
+
+class _Async:
+    async def __call__(self, _: Any) -> None:
+        """A controller like any other."""
+
+
+class _Plain:
+    def __call__(self, _: Any) -> None:
+        """No coroutine comes of it."""
+
+
+@pytest.mark.parametrize("given", [_plain, _Plain(), partial(_plain), lambda _: None, "run", None])
+def test_a_controller_that_is_not_async_is_misuse(given: Any) -> None:
+    registry = Registry()
+
+    with pytest.raises(TypeError) as raised:
+        registry.controller("shop/order")(given)
+
+    assert str(raised.value) == "the controller 'shop/order' must be an async def of (flow)."
+    assert registry.controllers == {}
+
+
+def test_whatever_makes_a_coroutine_is_a_controller() -> None:
+    registry = Registry()
+    given = [_Async(), _Async().__call__, partial(_Async().__call__)]
+
+    for place, controller in enumerate(given):
+        registry.controller(str(place))(controller)
+
+    assert list(registry.controllers.values()) == given

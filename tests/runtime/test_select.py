@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -245,6 +246,32 @@ async def test_a_run_of_a_controller_reads_its_history_once_however_often_it_sel
 
             events = await flows.history(flow_id, limit=1000)
             assert 20 <= read <= len(events)
+
+
+GIVEN: dict[str, Callable[..., Awaitable[Any]]] = {
+    "select": lambda flow, *steps: flow.select(*steps),
+    "gather": lambda flow, *steps: flow.gather(*steps),
+    "first": lambda flow, *steps: flow.first(steps),
+    "as_completed": lambda flow, *steps: anext(flow.as_completed(steps)),
+}
+
+
+@pytest.mark.parametrize("how", GIVEN)
+def test_what_is_no_step_is_misuse_whoever_is_given_it(lives: Lives, how: str) -> None:
+    give = GIVEN[how]
+
+    async def odd(flow: FlowContext) -> None:
+        step = await flow.start_timer("timer", 5)
+        for wrong in (flow.sleep("nap", 5), await flow.sleep("other nap", 1), "timer", [step]):
+            with pytest.raises(TypeError, match="a step is needed"):
+                await give(flow, step, wrong)
+        assert await flow.select(step) is step
+
+    lives.registry = registry_of(odd=odd)
+    flow_id = begun(lives, "odd", 20)
+
+    assert lives.result(flow_id).status == "succeeded", lives.result(flow_id).failure
+    assert {task.run_id for task in lives.children(flow_id)} == {"timer", "other nap"}
 
 
 def test_a_select_over_children_alone_waits_like_their_results(lives: Lives) -> None:

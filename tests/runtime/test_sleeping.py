@@ -260,3 +260,23 @@ def test_sleeping_flows_leave_memory_and_are_listed_as_waits(lives: Lives) -> No
 
     assert in_memory(lives) == 0
     assert {wait.kind for wait in open_waits(lives)} <= {"timer"}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [((5,), "name must be a string, not int."), (("nap",), "give either seconds or wake_at.")],
+)
+def test_a_sleep_says_what_it_lacks(lives: Lives, given: tuple[Any, ...], says: str) -> None:
+    raised: list[str] = []
+
+    async def odd(flow: FlowContext) -> None:
+        for sleep in (flow.sleep, flow.start_timer):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                await sleep(*given)
+            raised.append(str(caught.value))
+
+    lives.registry = registry_of(odd=odd)
+    flow_id = begun(lives, "odd")
+
+    assert lives.result(flow_id).status == "succeeded"
+    assert raised == [says, says]
