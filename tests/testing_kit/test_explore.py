@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import sys
@@ -72,6 +73,37 @@ def ticking(sim: Simulation) -> None:
         await flow.update(current_step="tick")
 
     assert sim.run_flow(registry, "clock").status == "succeeded"
+
+
+def sleeping(seconds: float, sim: Simulation) -> None:
+    """Sleep in a controller, under a deadline of a wait that nobody answers, and in a child."""
+    registry = Registry()
+
+    @registry.task
+    async def rest(ctx: TaskContext, given: float) -> None:
+        await asyncio.sleep(given)
+
+    @registry.controller("sleeper")
+    async def sleeper(flow: FlowContext) -> None:
+        await flow.sleep("a while", seconds)
+        await flow.wait("reply", kind="reply", timeout=seconds, on_timeout="resume")
+        await flow.run(rest, seconds)
+
+    flow = sim.run_flow(registry, "sleeper")
+    assert flow.status == "succeeded"
+    assert flow.ended_at is not None
+    assert flow.ended_at - flow.created_at >= 3000 * seconds
+
+
+def test_ten_days_of_sleep_take_no_more_steps_than_an_hour() -> None:
+    hour = replay(partial(sleeping, 3600), Schedule())
+    ten_days = replay(partial(sleeping, 10 * 24 * 3600), Schedule())
+
+    gone = explore(partial(sleeping, 10 * 24 * 3600), seeds=5, every_step=False)
+
+    assert ten_days.steps == hour.steps
+    assert gone.crashes > 0
+    assert gone.steps < 5 * gone.runs * hour.steps
 
 
 def charging(sim: Simulation, *, key: bool = False) -> None:

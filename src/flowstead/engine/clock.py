@@ -17,6 +17,8 @@ if sys.version_info >= (3, 14):
 else:
     from uuid_utils import uuid7  # pragma: no cover - one of the two, as the Python goes
 
+_LONGEST_SECONDS: Final = 60.0
+
 
 class Handle(Protocol):
     """A callback that has been put off."""
@@ -27,7 +29,7 @@ class Handle(Protocol):
 
 
 class Clock(Protocol):
-    """What time it is, and a way to be called later."""
+    """What time it is, and two ways to be called later. Inherit from it to have `call_at`."""
 
     def now(self) -> int:
         """Epoch milliseconds."""
@@ -37,8 +39,16 @@ class Clock(Protocol):
         """Call back on the event loop after so many seconds."""
         ...
 
+    def call_at(self, at: int, callback: Callable[[], object]) -> Handle:
+        """Call back on the event loop at this instant, epoch ms, or before: ask `now` what time it is.
 
-class SystemClock:
+        As it stands here within a minute: `now` may be put forward or back while `call_later` counts on.
+        """
+        delay = min(max(0, at - self.now()) / 1000, _LONGEST_SECONDS)
+        return self.call_later(delay, callback)
+
+
+class SystemClock(Clock):
     """Wall time for instants, the event loop's monotonic time for durations."""
 
     def now(self) -> int:

@@ -48,7 +48,6 @@ log = get_logger(__name__)
 _PAGE: Final = 256
 _ALL: Final = 2**31 - 1
 _AGAIN_SECONDS: Final = 1.0
-_LONGEST_SECONDS: Final = 60.0
 _LONGEST_REASON: Final = 200
 _LONGEST_WAIT: Final = 24 * 3600.0
 _PUT_BACK_MS: Final = 1000
@@ -176,8 +175,7 @@ class Postman:
             if self._armed[0] <= at:
                 return
             self._armed[1].cancel()
-        delay = min(max(0, at - self._clock.now()) / 1000, _LONGEST_SECONDS)
-        self._armed = (at, self._clock.call_later(delay, self._fire))
+        self._armed = (at, self._clock.call_at(at, self._fire))
 
     def _fire(self) -> None:
         self._armed = None

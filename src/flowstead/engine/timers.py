@@ -22,8 +22,6 @@ log = get_logger(__name__)
 
 HORIZON_MS: Final = 60_000
 _READ_AGAIN_SECONDS: Final = 1.0
-# The wall clock may be put forward while we wait by the loop's: look again now and then, if anything is due at all.
-_LONGEST_SECONDS: Final = 60.0
 
 
 class Timers:
@@ -80,8 +78,7 @@ class Timers:
             if self._armed[0] <= at:
                 return
             self._armed[1].cancel()
-        delay = min(max(0, at - self._clock.now()) / 1000, _LONGEST_SECONDS)
-        self._armed = (at, self._clock.call_later(delay, self._fire))
+        self._armed = (at, self._clock.call_at(at, self._fire))
 
     def _fire(self) -> None:
         self._armed = None

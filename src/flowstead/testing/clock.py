@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Callable
 from itertools import count
 
+from flowstead.engine.clock import Clock
+
 
 class _Call:
     """A callback waiting for its instant."""
@@ -17,7 +19,7 @@ class _Call:
         self.callback = None
 
 
-class ManualClock:
+class ManualClock(Clock):
     """Pass it as `open_runtime(clock=...)`; then time passes only by `advance`.
 
     Args:

@@ -103,6 +103,11 @@ def explore(
 ) -> Exploration:
     """Play a scenario plainly, with a crash before each step, and under seeds; stop at the first run that fails.
 
+    That is one run for each step of the plain run, and one for each seed. A step is something that happens, so a
+    flow that sleeps for a week takes no more of them than one that sleeps for a minute; a run that takes a million
+    ends as a `Livelock`. The time of all runs goes by the square of the plain run's steps: keep the scenario small,
+    a few things at once and no thousand, or give `every_step=False`.
+
     Under a seed steps may be shuffled, the disk may fail in the ways of `faults`, the process may die up to
     three times, and the machine may lose power.
 

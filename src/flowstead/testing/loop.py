@@ -1,9 +1,10 @@
 """An event loop that is repeatable: virtual time, and an order of steps that follows from a seed.
 
-Theory of operation. One handle runs per round. When nothing is ready, time jumps to the next timer, so a week
-passes at once. With `shuffle`, any ready task may be next, while the callbacks of one task stay in order; that
-is wider than what asyncio does, and finds what depends on asyncio's order by accident. Without it the order is
-asyncio's own. There are no threads, no sockets and no wall clock, so the same seed takes the same steps.
+Theory of operation. One handle runs per round. When nothing is ready, time jumps to the next timer that may
+make something happen, so a week passes at once. With `shuffle`, any ready task may be next, while the callbacks
+of one task stay in order; that is wider than what asyncio does, and finds what depends on asyncio's order by
+accident. Without it the order is asyncio's own. There are no threads, no sockets and no wall clock, so the same
+seed takes the same steps.
 
 Sets of tasks and futures are iterated by hash, which is an address as a rule: ours hash by number. anyio also
 iterates sets of cancel scopes, which cannot be numbered; tasks woken by one cancellation are therefore put in
@@ -152,14 +153,21 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                 self._ready.append(handle)
 
     def _pass_time(self) -> None:
-        if not any(_is_work(handle) for handle in self._scheduled):
+        at = self._next_work()
+        if at is None:
             raise Deadlock(
                 "Nothing can run any more. Waiting:\n" + "\n".join(self._waiting())
                 + "\n(Threads, sockets and subprocesses are not simulated.)"
             )  # fmt: skip
-        self._now = self._scheduled[0]._when
+        self._now = at
         self._still = 0
         self._release_due()
+
+    def _next_work(self) -> float | None:
+        """When the first timer is due that may make something happen; what comes before it is late then."""
+        if self._scheduled and _is_work(self._scheduled[0]):
+            return float(self._scheduled[0]._when)
+        return min((h._when for h in self._scheduled if _is_work(h)), default=None)
 
     def _choose(self) -> Any:
         ready = self._ready

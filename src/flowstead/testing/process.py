@@ -7,20 +7,39 @@ import functools
 import sqlite3
 from collections.abc import Callable
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from flowstead.engine.clock import Handle, slug
+from flowstead.engine.clock import Clock, Handle, slug
 from flowstead.testing.loop import SimulatedLoop
 
 T = TypeVar("T")
 
+_LONGEST_SECONDS: Final = 60.0
 
-class SimulatedClock:
-    """The loop's virtual time as wall time; `shift_ms` is how far the wall clock has been put wrong."""
+
+class SimulatedClock(Clock):
+    """The loop's virtual time as wall time; `shift_ms` is how far the wall clock has been put wrong.
+
+    As long as nobody does that, an instant is waited for at one go: looking again each minute, as other clocks do,
+    would be most of what happens in a simulated week. From then on it is looked for each minute here as well.
+    """
 
     def __init__(self, start: int) -> None:
-        self.shift_ms = 0
         self._start = start
+        self._shift_ms = 0
+        self._is_set_right = True
+        self._waiting: dict[_Instant, None] = {}
+
+    @property
+    def shift_ms(self) -> int:
+        return self._shift_ms
+
+    @shift_ms.setter
+    def shift_ms(self, shift_ms: int) -> None:
+        self._shift_ms, self._is_set_right = shift_ms, False
+        waiting, self._waiting = self._waiting, {}
+        for instant in waiting:
+            instant.come_within_a_minute()
 
     def now(self) -> int:
         seconds = asyncio.get_running_loop().time()
@@ -28,6 +47,42 @@ class SimulatedClock:
 
     def call_later(self, seconds: float, callback: Callable[[], object]) -> Handle:
         return asyncio.get_running_loop().call_later(seconds, callback)
+
+    def call_at(self, at: int, callback: Callable[[], object]) -> Handle:
+        if not self._is_set_right:
+            return super().call_at(at, callback)
+        instant = _Instant(self, at, callback)
+        self._waiting[instant] = None
+        return instant
+
+    def forget(self, instant: _Instant) -> None:
+        """It is not waited for any more."""
+        self._waiting.pop(instant, None)
+
+
+class _Instant:
+    """A callback for an instant of a clock that nobody has put wrong so far."""
+
+    def __init__(self, clock: SimulatedClock, at: int, callback: Callable[[], object]) -> None:
+        self._clock, self._callback = clock, callback
+        self._loop = asyncio.get_running_loop()
+        self._when = self._loop.time() + max(0, at - clock.now()) / 1000
+        self._handle = self._loop.call_at(self._when, self._come)
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+        self._clock.forget(self)
+
+    def come_within_a_minute(self) -> None:
+        """The clock was put wrong, or right again: it may be any time now."""
+        if not self._loop.is_closed():
+            self._handle.cancel()
+            self._when = min(self._when, self._loop.time() + _LONGEST_SECONDS)
+            self._handle = self._loop.call_at(self._when, self._come)
+
+    def _come(self) -> None:
+        self._clock.forget(self)
+        self._callback()
 
 
 class SimulatedIds:
