@@ -64,7 +64,8 @@ def open_runtime(
         clock, ids: Where time and names come from; the system's unless given.
         limits: Bounds and grace periods.
         takeover: Take the store from a runtime that is frozen; it will not be able to write any more.
-        notifier: Who takes updates to the owners of flows. Without one none are written.
+        notifier: Who takes updates to the owners of flows. Without one none are written. `Runtime.deliver` waits
+            until what is due was sent.
         deliveries: How often, and how far apart, an update is offered to the notifier before it is given up; by
             default over more than three days.
         digest_time: When what was put by for a digest goes out; 18:00 UTC unless given.
@@ -240,6 +241,21 @@ class Runtime:
         """
         vote = vote_of(self.core, decision, approver, digest, role, items, comment)
         return await vote_by_token(self.core, token, vote)
+
+    async def deliver(self) -> None:
+        """Wait until no update is due any more: each was delivered, put off to a later attempt, or given up.
+
+        For a process that ends soon: closing does not wait for the notifier, and what is unsent then is sent by the
+        next runtime on the store. What is due later, such as a digest or a next attempt, is not waited for, and
+        without a notifier nothing is. A notifier that hangs is cut off after `Limits.delivery_seconds`. Cancelling
+        only stops the waiting.
+
+        Raises:
+            RuntimeClosed: The runtime is closed, or was meanwhile.
+        """
+        postman = self.core.engine.postman
+        if postman is not None:
+            await postman.wait_told()
 
     def statistics(self) -> Statistics:
         """What the runtime is doing, without waiting."""

@@ -19,6 +19,7 @@ from flowstead import (
     Registry,
     Retry,
     Runtime,
+    RuntimeClosed,
     SessionFlows,
     SnapshotUnreadable,
     StoreError,
@@ -864,6 +865,66 @@ async def test_closing_cuts_off_what_is_on_its_way_and_the_next_process_sends_it
         assert [update.attempt for update in later.updates] == [1]
         assert later.updates == channel.began
         assert (await the_update(flows_of(runtime))).status == "delivered"
+
+
+async def test_who_waits_for_delivery_waits_for_all_that_is_due_and_for_no_later_attempt(
+    clock: ManualClock,
+):
+    store, channel = FaultyStore(), Slow()
+    async with running(store, clock=clock, notifier=channel, deliveries=ALWAYS) as runtime:
+        flows = flows_of(runtime)
+        await soon(runtime.deliver())
+        for goal in ("taken", "put off"):
+            await end_a_flow(flows, goal)
+        delivering = asyncio.create_task(runtime.deliver())
+        await settle()
+        await channel.answer()
+        assert not delivering.done()
+
+        await channel.answer(error=ConnectionError("down"))
+        await soon(delivering)
+
+        updates = await soon(flows.list_updates())
+        assert {(u.goal, str(u.status), u.attempt) for u in updates} == {
+            ("taken", "delivered", 1),
+            ("put off", "pending", 1),
+        }
+
+
+async def test_who_does_not_wait_for_delivery_any_more_takes_nothing_back(clock: ManualClock):
+    channel = Slow()
+    async with running(FaultyStore(), clock=clock, notifier=channel) as runtime:
+        await end_a_flow(flows_of(runtime))
+        left, stays = (asyncio.create_task(runtime.deliver()) for _ in range(2))
+        await settle()
+
+        left.cancel()
+        await settle()
+        await channel.answer()
+        await soon(stays)
+
+        assert left.cancelled() and not channel.given_up
+        assert (await the_update(flows_of(runtime))).status == "delivered"
+
+
+async def test_who_waits_for_delivery_hears_of_the_closing(clock: ManualClock):
+    channel = Slow()
+    async with running(FaultyStore(), clock=clock, notifier=channel) as runtime:
+        await end_a_flow(flows_of(runtime))
+        delivering = asyncio.create_task(runtime.deliver())
+        await settle()
+
+        await soon(runtime.aclose())
+
+        with pytest.raises(RuntimeClosed):
+            await soon(delivering)
+
+
+async def test_without_a_notifier_there_is_no_delivery_to_wait_for(clock: ManualClock):
+    async with running(FaultyStore(), clock=clock) as runtime:
+        await end_a_flow(flows_of(runtime))
+
+        await soon(runtime.deliver())
 
 
 async def test_an_answer_that_comes_while_closing_leaves_nobody_waiting(clock: ManualClock):

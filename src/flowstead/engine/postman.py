@@ -80,6 +80,7 @@ class Postman:
         self._limits = limits
         self._post = post
         self._look = asyncio.Event()
+        self._is_told = asyncio.Event()
         self._armed: tuple[int, Handle] | None = None
         self._under_way: dict[int, asyncio.Task[None]] = {}
         # Flows whose delivery came back while a page was read: what the page says of them is old.
@@ -99,17 +100,34 @@ class Postman:
         """Send what is due, for ever; cancelled at shutdown."""
         while True:
             self._look.clear()
+            is_read = True
             for job in (self._see_to_clock, self._seal_digests, self._send_due):
                 try:
                     await job()
                 except StoreError as error:
                     log.error("updates.not_read", reason=str(error))
                     self._look_again()
+                    is_read = False
+            if is_read and not self._under_way and not self._look.is_set():
+                self._is_told.set()
             await self._look.wait()
+
+    async def wait_told(self) -> None:
+        """Return once nothing is due: all was delivered, given up, or put off. Cancelling only stops the waiting.
+
+        Raises:
+            RuntimeClosed: Closing has begun.
+        """
+        self._is_told.clear()
+        self._look.set()
+        await self._is_told.wait()
+        if self._is_closed:
+            raise RuntimeClosed("This runtime was closed while updates were waited for.")
 
     async def aclose(self) -> None:
         """Send nothing any more; what is on its way is cut off, and sent again by the next runtime."""
         self._is_closed = True
+        self._is_told.set()
         if self._armed is not None:
             self._armed[1].cancel()
         sending = tuple(self._under_way.values())
