@@ -143,7 +143,7 @@ class FlowContext(FlowWaits):
             idempotent: False for what must not be done twice, instead of what the task says.
             approval: The decision of `approve` that this step needs, and uses up: nothing is done unless the input
                 is exactly what was approved, nobody else has used it, it has not expired, and nobody has changed
-                the flow from outside since it was asked for.
+                the flow from outside since the controller that asked for it read it.
             fallback: What to run with the same input instead, one after another, once the one before has failed,
                 timed out or got lost for good; each under its own policy, as the step `name/fallback-1` and so
                 on. A child that somebody cancelled is not replaced.

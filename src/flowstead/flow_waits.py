@@ -213,8 +213,9 @@ class FlowWaits:
     ) -> Decision:
         """Ask people to decide about exactly these items, and return what they decided. A refusal is a value.
 
-        The votes (`flows.vote`) are bound to a hash of what was shown, to this flow as it is now, and to this step.
-        What was approved is used by passing the decision on: `flow.run(pay, decision.items, approval=decision)`.
+        The votes (`flows.vote`) are bound to a hash of what was shown, to this step, and to this flow as this
+        controller knows it: once somebody else changes the flow, or if he has already, the answer is `stale`. What
+        was approved is used by passing the decision on: `flow.run(pay, decision.items, approval=decision)`.
 
         Args:
             prompt: The question, for people.

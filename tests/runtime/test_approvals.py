@@ -700,6 +700,51 @@ def test_a_flow_that_somebody_else_has_changed_makes_the_question_stale(
     till.check_nothing_begun("stale")
 
 
+class ReadsFirst(Till):
+    """A till that makes the items of what it has read, and asks only after a step that takes its time."""
+
+    async def till(self, flow: FlowContext) -> None:
+        self.items = {**ITEMS, "stock": flow.state_json}
+        await flow.run(self.looks_up, name="look up")
+        await super().till(flow)
+
+    async def looks_up(self, _: TaskContext, __: Any) -> None:
+        self.looked_up = asyncio.get_running_loop().create_future()
+        await self.looked_up
+
+
+@IN_MEMORY
+@pytest.mark.parametrize("way", ["state", "step"])
+def test_what_was_made_of_a_flow_that_somebody_else_has_changed_since_is_stale_when_it_is_asked(
+    lives: Lives, way: str
+) -> None:
+    till = ReadsFirst(lives)
+    change_from_outside(lives, till.flow_id, way)
+
+    till.looked_up.set_result(None)
+    till.turn_over()
+    report = till.vote("approve", "ann")
+
+    assert (report.counted, report.verdict) == (False, "stale")
+    till.check_nothing_begun("stale")
+
+
+@IN_MEMORY
+def test_a_controller_that_is_entered_again_asks_about_the_flow_as_it_has_become(
+    lives: Lives,
+) -> None:
+    till = ReadsFirst(lives)
+    change_from_outside(lives, till.flow_id, "state")
+    lives.restart("kill")
+    lives.pass_time(6)
+
+    till.looked_up.set_result(None)
+    till.turn_over()
+
+    assert till.vote("approve", "ann").verdict == "approved"
+    till.check_paid({**ITEMS, "stock": {"amount": 7}})
+
+
 @IN_MEMORY
 def test_a_flow_that_its_own_controller_changes_leaves_the_question_as_it_is(lives: Lives) -> None:
     class Busy(Till):

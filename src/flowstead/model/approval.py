@@ -87,7 +87,7 @@ class Approval(Rules, frozen=True, kw_only=True, rename="camel", omit_defaults=T
     """What is asked, of whom, and what has been said so far.
 
     `items` is what voters are shown, `frame` the hash of all that stands around it (prompt, rules, flow and step),
-    and `digest` the hash of both and of the `edition`. `revision` is that of the flow's content when it was asked.
+    and `digest` the hash of both and of the `edition`. `revision` is that of the flow as its controller knew it.
     An edit changes the items, which makes another edition: the votes until then are `voided`, and `asked` keeps the
     items that were there first.
     """

@@ -237,7 +237,7 @@ def open_waits(view: View, added: Decision) -> Decision:
         return added
     for task in waits:
         if task.wait is not None and task.wait.inbox is not None:
-            added = _take_early(view, added, _bound_to(flow, task))
+            added = _take_early(view, added, task)
     return _with_grants(view, added.flow or flow, added)
 
 
@@ -384,14 +384,6 @@ def _grant_in(task: StoredTask) -> Grant | None:
     if msgspec.json.decode(task.result_json)["verdict"] != Verdict.APPROVED:
         return None
     return approvals.grant_of(task.wait.approval, task.wait.deadline_at)
-
-
-def _bound_to(flow: StoredFlow, task: StoredTask) -> StoredTask:
-    """An approval is about the flow as it is when it is asked for."""
-    if task.wait is None or task.wait.approval is None:
-        return task
-    approval = msgspec.structs.replace(task.wait.approval, revision=flow.revision)
-    return msgspec.structs.replace(task, wait=msgspec.structs.replace(task.wait, approval=approval))
 
 
 def _one(change: endings.Change) -> Decision:

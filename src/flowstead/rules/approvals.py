@@ -121,7 +121,8 @@ def open_approval(
         prompt: What the voters are asked.
         flow_id: The flow that asks.
         step: The step of it that asks.
-        revision: That of the flow's content, which makes the approval stale when it moves on.
+        revision: That of the flow as its controller knew it when it made the items: a later change by anybody else
+            makes the approval stale.
 
     Raises:
         ValueError: Such rules can never be met, or name what is not there.
