@@ -226,7 +226,8 @@ class FlowWaits:
             quorum: How many must approve.
             veto: Whose rejection ends it: everybody's, nobody's, or that of these roles.
             requested_by: Who wants it done; may not vote where `four_eyes`.
-            four_eyes: Nobody approves what he has asked for himself.
+            four_eyes: Nobody approves what he has asked for himself: `requested_by` has no vote, and an edit is no
+                approval; its items need the `quorum` of others, and their editor has no other vote on them.
             expires: Seconds until the question, and an approval that was not used, are void.
             remind: Seconds before that at which the owner is reminded.
             schema: What edited items must fit, as for `wait`.

@@ -193,7 +193,8 @@ class SessionSignals(ScopedVerbs):
         """Vote on an approval that a flow has asked for. Cancelling the caller does not take the vote back.
 
         Args:
-            decision: `approve`, `reject`, or `edit` to approve other items than were shown.
+            decision: `approve`, `reject`, or `edit` to approve other items than were shown; under four eyes, to ask
+                for them.
             approver: Who votes. The host vouches for it: an approver counts once.
             digest: The hash of what the approver was shown; a vote about anything else does not count.
             role: In which role.

@@ -287,6 +287,25 @@ def test_who_asked_does_not_decide_where_four_eyes_are_needed(lives: Lives) -> N
     till.check_paid()
 
 
+@RESTARTS
+def test_who_edits_the_items_does_not_approve_them_alone_where_four_eyes_are_needed(
+    lives: Lives, between: str | None
+) -> None:
+    till = Till(lives, between, requested_by="ann", four_eyes=True)
+    more = {"to": "eve", "amount": 820_000}
+
+    edited = till.vote("edit", "eve", items=more)
+    alone = till.vote("approve", "eve")
+    asker = till.vote("approve", "ann")
+    assert till.payments() == []
+    seconded = till.vote("approve", "bob")
+
+    assert [(r.counted, r.verdict) for r in (edited, alone, asker, seconded)] == [
+        (True, None), (False, None), (False, None), (True, "approved"),
+    ]  # fmt: skip
+    till.check_paid(more)
+
+
 @IN_MEMORY
 @pytest.mark.parametrize(
     "given",

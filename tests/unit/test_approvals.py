@@ -203,6 +203,7 @@ class Course(NamedTuple):
 
 
 YES, NO, OPEN = Verdict.APPROVED, Verdict.REJECTED, None
+FOUR_EYES = {"four_eyes": True, "requested_by": "me"}
 TWO_ROLES = {"roles": ("dev", "legal"), "role_quorum": {"dev": 1, "legal": 1}, "quorum": 2}
 
 COURSES = [
@@ -283,6 +284,35 @@ COURSES = [
         {"quorum": 3, "veto": (), "approvers": ("a", "b", "c", "d")},
         "a:reject b:edit c:approve a:approve",
         YES,
+    ),
+    Course("an edit under four eyes is no yes", FOUR_EYES, "a:edit", OPEN),
+    Course("under four eyes somebody else approves the edit", FOUR_EYES, "a:edit b:approve", YES),
+    Course(
+        "under four eyes who voted before approves the edit",
+        FOUR_EYES | {"quorum": 2},
+        "a:approve b:edit a:approve c:approve",
+        YES,
+    ),
+    Course(
+        "under four eyes the editor is none of the quorum",
+        FOUR_EYES | {"quorum": 2},
+        "a:edit b:approve",
+        OPEN,
+    ),
+    Course(
+        "under four eyes an edit that changes nothing is a yes", FOUR_EYES, "a:edit b:edit", YES
+    ),
+    Course(
+        "under four eyes an edit is for nobody's role",
+        FOUR_EYES | TWO_ROLES,
+        "a/dev:edit b/legal:approve c/legal:approve",
+        OPEN,
+    ),
+    Course(
+        "an edit under four eyes that too few are left to approve",
+        FOUR_EYES | {"quorum": 2, "approvers": ("a", "b")},
+        "a:edit",
+        NO,
     ),
 ]
 
@@ -473,6 +503,19 @@ def test_an_edit_that_changes_nothing_is_an_approval_and_voids_nothing() -> None
     assert isinstance(answer, Counted)
     assert answer.verdict is Verdict.APPROVED
     assert (answer.approval.voided, answer.approval.digest) == ((), approval.digest)
+
+
+def test_under_four_eyes_an_editor_votes_on_the_edition_of_another_but_not_on_his_own() -> None:
+    own = after(asked(**FOUR_EYES), "anna:edit").approval
+    assert refused(count(own, vote(own, "approve", "anna"))).code is VoteCode.ALREADY_VOTED
+
+    answer = count(own, vote(own, "edit", "bert", items=Raw(b'"something else"')))
+
+    assert isinstance(answer, Counted)
+    others = answer.approval
+    assert answer.verdict is None
+    assert refused(count(others, vote(others, "approve", "bert"))).code is VoteCode.ALREADY_VOTED
+    assert after(others, "anna:approve").verdict is Verdict.APPROVED
 
 
 def test_the_items_that_were_asked_first_stay_on_record_through_all_edits() -> None:
@@ -671,6 +714,7 @@ class ReferenceVoter:
         self.content = self.edition = 0
         self.said: dict[str, tuple[VoteKind, str | None]] = {}
         self.edits = 0
+        self.editor = ""
         self.verdict: Verdict | None = None
 
     def hear(self, act: Act, now: int, flow_changed: bool) -> VoteCode | None:
@@ -700,14 +744,15 @@ class ReferenceVoter:
                 return VoteCode.TOO_MANY
             self.edits += 1
         if act.edit is not None and act.edit != self.content:
-            self.content, self.said = act.edit, {}
+            self.content, self.said, self.editor = act.edit, {}, who
             self.edition += 1
         self.said[who] = (act.kind, act.role)
         self.verdict = self._decide()
         return None
 
     def _decide(self) -> Verdict | None:
-        yes = [role for kind, role in self.said.values() if kind != "reject"]
+        asks = {self.editor} if self.rules.four_eyes else set()
+        yes = [r for who, (kind, r) in self.said.items() if kind != "reject" and who not in asks]
         no = [role for kind, role in self.said.values() if kind == "reject"]
         if no and "*" in self.rules.veto:
             return Verdict.REJECTED

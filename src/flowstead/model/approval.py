@@ -71,7 +71,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defa
 
     `quorum` approvals are needed, of them as many of each role as `role_quorum` says. `roles` and `approvers`
     bound who may vote, where they are given. `veto` names the roles whose rejection ends it, `"*"` for everybody.
-    `requested_by` may not vote if `four_eyes`.
+    If `four_eyes`, `requested_by` may not vote, and who edits the items has not approved them by that.
     """
 
     quorum: Whole = 1

@@ -200,7 +200,8 @@ def count_vote(
     """Count one vote, or say why it does not count.
 
     The first vote of each approver stands. An edit puts other items in place of those shown: what was said
-    about these is void, and the edit counts as an approval of the new ones.
+    about these is void, and the edit counts as an approval of the new ones; under four eyes as none, because it
+    asks for them.
 
     Args:
         approval: What is asked, and what has been said so far.
@@ -229,7 +230,7 @@ def verdict_of(approval: Approval) -> Verdict | None:
     A veto rejects at once. Otherwise a closed list of approvers rejects when the approvals that are missing cannot
     come any more, and an open one when as many have rejected as were needed to approve.
     """
-    approvals = [vote for vote in approval.votes if vote.kind is not VoteKind.REJECT]
+    approvals = _approvals(approval)
     rejections = [vote for vote in approval.votes if vote.kind is VoteKind.REJECT]
     if any(_is_veto(approval, vote) for vote in rejections):
         return Verdict.REJECTED
@@ -240,6 +241,12 @@ def verdict_of(approval: Approval) -> Verdict | None:
         voted = {vote.approver for vote in approval.votes}
         return Verdict.REJECTED if len(_voters(approval) - voted) < missing else None
     return Verdict.REJECTED if len(rejections) >= approval.quorum else None
+
+
+def _approvals(approval: Approval) -> list[Vote]:
+    """The votes that approve. The edit that made this edition stands first; under four eyes it only asks."""
+    asking = 1 if approval.four_eyes and approval.edition else 0
+    return [vote for vote in approval.votes[asking:] if vote.kind is not VoteKind.REJECT]
 
 
 def _missing(approval: Approval, approvals: Collection[Vote]) -> int:
