@@ -150,8 +150,8 @@ def vote_of(
         raise ValueError("items go with the decision 'edit', and with no other.")
     return Vote(
         kind=kind,
-        approver=arguments.text(approver, "approver"),
-        role=arguments.optional_text(role, "role"),
+        approver=arguments.identity(approver, "approver"),
+        role=arguments.optional_identity(role, "role"),
         digest=arguments.text(digest, "digest"),
         items=UNSET if items is UNSET else encoded_or_raise(core, items, "items"),
         comment=arguments.optional_text(comment, "comment"),

@@ -86,8 +86,23 @@ def owner_key(value: object, missing: str) -> str:
     found = text(value, "session_key", missing=missing)
     if len(found.encode()) > _LONGEST_OWNER_BYTES:
         raise ValueError(f"session_key is longer than {_LONGEST_OWNER_BYTES} bytes.")
+    return _of_one_spelling(found, "session_key")
+
+
+def identity(value: object, name: str) -> str:
+    """Somebody, or a role: compared byte by byte, so it must have one spelling only."""
+    return _of_one_spelling(text(value, name), name)
+
+
+def optional_identity(value: object, name: str) -> str | None:
+    """Somebody, or a role; None for None and for blank."""
+    found = optional_text(value, name)
+    return None if found is None else _of_one_spelling(found, name)
+
+
+def _of_one_spelling(found: str, name: str) -> str:
     if not found.isprintable() or unicodedata.normalize("NFC", found) != found:
-        raise ValueError("session_key must be printable and in Unicode normal form C.")
+        raise ValueError(f"{name} must be printable and in Unicode normal form C.")
     return found
 
 
@@ -229,10 +244,10 @@ def wait_fields(key: object, more: Mapping[str, object]) -> dict[str, object] | 
 
 
 def names(value: object, name: str) -> tuple[str, ...]:
-    """Several names, none of them blank."""
+    """Several names of people or roles, none of them blank."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be several strings, not {_kind(value)}.")
-    return tuple(text(each, name) for each in value)
+    return tuple(identity(each, name) for each in value)
 
 
 def quorums(value: object, name: str) -> dict[str, int]:

@@ -233,7 +233,8 @@ class FlowWaits:
             schema: What edited items must fit, as for `wait`.
 
         Raises:
-            ValueError, TypeError: Rules that can never be met, or make no sense.
+            ValueError, TypeError: Rules that can never be met, or make no sense, or a name that is not printable or
+                not in Unicode normal form C.
             CancelPending: A cancel is requested.
 
         Cancelling the caller leaves the question open: the same step finds it again.
@@ -473,7 +474,7 @@ class FlowWaits:
             role_quorum=arguments.quorums(roles, "roles"),
             approvers=arguments.names(approvers, "approvers"),
             veto=_veto(veto),
-            requested_by=arguments.optional_text(requested_by, "requested_by"),
+            requested_by=arguments.optional_identity(requested_by, "requested_by"),
             four_eyes=arguments.flag(four_eyes, "four_eyes"),
         )
         encoded = self._steps.encode_or_raise(items, "items")

@@ -195,7 +195,8 @@ class SessionSignals(ScopedVerbs):
         Args:
             decision: `approve`, `reject`, or `edit` to approve other items than were shown; under four eyes, to ask
                 for them.
-            approver: Who votes. The host vouches for it: an approver counts once.
+            approver: Who votes. The host vouches for it: an approver counts once. Names of people and roles are
+                compared exactly; what is not printable or not in Unicode normal form C is refused.
             digest: The hash of what the approver was shown; a vote about anything else does not count.
             role: In which role.
             items: The items as edited, for `edit`.

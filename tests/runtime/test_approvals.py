@@ -332,6 +332,55 @@ def test_a_vote_that_does_not_count_leaves_everything_as_it_was(
     assert till.vote("approve", "bob").verdict == "approved"
 
 
+TWO_SPELLINGS = pytest.mark.parametrize(
+    "spelt", ["ann\u200b", "a\u00adnn", "an\x00n", "ann\u00a0bell", "Ame\u0301lie"]
+)
+"""Names that look like another one."""
+
+
+@IN_MEMORY
+@TWO_SPELLINGS
+@pytest.mark.parametrize("field", ["approver", "role"])
+def test_a_vote_in_a_name_that_may_look_like_another_is_refused(
+    lives: Lives, spelt: str, field: str
+) -> None:
+    till = Till(lives, quorum=2)
+    till.vote("approve", "ann")
+    before = till.question(), lives.history(till.flow_id)
+
+    with pytest.raises(ValueError, match=f"{field} must be printable and in Unicode normal form C"):
+        till.vote("approve", **{"approver": "bob", field: spelt})
+
+    assert (till.question(), lives.history(till.flow_id)) == before
+    assert till.vote("approve", "Am\u00e9lie", role="J\u00fcrist").verdict == "approved"
+
+
+@IN_MEMORY
+@TWO_SPELLINGS
+@pytest.mark.parametrize(
+    ("field", "rules"),
+    [
+        ("approvers", lambda name: {"approvers": ["bob", name]}),
+        ("requested_by", lambda name: {"requested_by": name, "four_eyes": True}),
+        ("roles", lambda name: {"roles": [name]}),
+        ("roles", lambda name: {"roles": {name: 1}}),
+        ("veto", lambda name: {"roles": ["lead"], "veto": [name]}),
+    ],
+)
+def test_a_name_in_the_rules_that_may_look_like_another_is_refused_before_anybody_is_asked(
+    lives: Lives, spelt: str, field: str, rules: Any
+) -> None:
+    till = Till(lives, **rules(spelt))
+
+    ended = lives.result(till.flow_id)
+
+    assert ended.failure is not None
+    assert ended.failure.message == (
+        f"ValueError: {field} must be printable and in Unicode normal form C."
+    )
+    assert lives.children(till.flow_id) == []
+
+
 @IN_MEMORY
 def test_another_owner_has_no_vote_here(lives: Lives) -> None:
     till = Till(lives)

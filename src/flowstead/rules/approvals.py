@@ -5,8 +5,8 @@ counts is in the votes on record: the verdict is computed from them, never kept 
 is refused. What an approval allows is a *grant*, which one step may use once; the same step may ask again, because
 after a crash it does.
 
-Identities are compared exactly, but for white space around them: telling that two spellings mean one person is
-for whoever knows the persons.
+Identities are compared exactly, but for white space around them: the door takes only what is printable and in
+Unicode normal form C, and telling that two such spellings mean one person is for whoever knows the persons.
 """
 
 from __future__ import annotations
