@@ -546,14 +546,36 @@ def test_edits_are_bounded_and_then_it_can_still_be_approved() -> None:
     assert after(approval, "one more:approve").verdict is Verdict.APPROVED
 
 
-def test_votes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    question = asked(quorum=5)
+@pytest.mark.parametrize(
+    ("rules", "votes", "verdict"),
+    [
+        ({"quorum": 3}, "a:approve b:approve c:approve", YES),
+        ({"quorum": 3, "veto": ()}, "a:reject", NO),
+        ({"quorum": 2, "veto": ()}, "a:reject b:approve c:approve", YES),
+        (TWO_ROLES, "a/dev:approve b/dev:approve c/legal:approve", YES),
+        (TWO_ROLES, "a/dev:approve b/dev:approve c/dev:approve", NO),
+        ({"quorum": 3, "veto": (), "approvers": ("a", "b", "c", "d")}, "a:reject", NO),
+    ],
+)
+def test_votes_are_bounded_and_the_last_that_can_be_cast_decides(
+    rules: dict[str, Any], votes: str, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(approvals, "MAX_VOTES", 3)
-    approval = after(question, "a:approve", "b:approve", "c:approve").approval
+    words = votes.split()
 
-    refusal = refused(count(approval, vote(approval, "approve", "d")))
+    assert after(asked(**rules), *words[:-1]).verdict is OPEN
+    assert after(asked(**rules), *words).verdict is verdict
 
-    assert refusal.code is VoteCode.TOO_MANY
+
+def test_votes_that_an_edit_made_void_take_no_place_from_those_to_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(approvals, "MAX_VOTES", 3)
+
+    edited = after(asked(quorum=3), "a:approve", "b:approve", "c:edit")
+
+    assert edited.verdict is OPEN
+    assert after(edited.approval, "a:approve", "b:approve").verdict is YES
 
 
 # Misuse
@@ -564,7 +586,7 @@ def test_votes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"quorum": 0}, "quorum is 0; nothing is approved by fewer than one."),
         ({"quorum": -1}, "quorum is -1;"),
-        ({"quorum": 1_001}, "quorum is 1001; an approval keeps 1000 votes at most."),
+        ({"quorum": 1_001}, "quorum is 1001; an approval takes 1000 votes at most."),
         ({"quorum": 3, "approvers": ("a", "b")}, "quorum is 3, but approvers has 2 who may vote;"),
         (
             {"quorum": 2, "approvers": ("a", "b"), "four_eyes": True, "requested_by": " b"},

@@ -34,7 +34,7 @@ from flowstead.model.flow import Json
 EVERYBODY: Final = "*"
 
 MAX_VOTES: Final = 1_000
-"""Votes one approval keeps, void ones included."""
+"""Votes that can be cast on one edition of the items."""
 MAX_EDITS: Final = 8
 """Edits one approval takes: each keeps its items in the record."""
 
@@ -168,7 +168,7 @@ def _check_quorum(rules: Rules) -> None:
     if rules.quorum < 1:
         raise ValueError(f"quorum is {rules.quorum}; nothing is approved by fewer than one.")
     if rules.quorum > MAX_VOTES:
-        raise ValueError(f"quorum is {rules.quorum}; an approval keeps {MAX_VOTES} votes at most.")
+        raise ValueError(f"quorum is {rules.quorum}; an approval takes {MAX_VOTES} votes at most.")
     for role, needed in rules.role_quorum.items():
         if role not in rules.roles:
             raise ValueError(f"role_quorum names the role {_shown(role)}, which is not in roles.")
@@ -227,8 +227,8 @@ def count_vote(
 def verdict_of(approval: Approval) -> Verdict | None:
     """Answer how the votes on record decide; None while they do not.
 
-    A veto rejects at once. Otherwise a closed list of approvers rejects when the approvals that are missing cannot
-    come any more, and an open one when as many have rejected as were needed to approve.
+    A veto rejects at once. Otherwise it is rejected when the approvals that are missing cannot come any more; where
+    anybody may vote, also when as many have rejected as were needed to approve.
     """
     approvals = _approvals(approval)
     rejections = [vote for vote in approval.votes if vote.kind is VoteKind.REJECT]
@@ -237,10 +237,8 @@ def verdict_of(approval: Approval) -> Verdict | None:
     missing = _missing(approval, approvals)
     if missing == 0:
         return Verdict.APPROVED
-    if approval.approvers:
-        voted = {vote.approver for vote in approval.votes}
-        return Verdict.REJECTED if len(_voters(approval) - voted) < missing else None
-    return Verdict.REJECTED if len(rejections) >= approval.quorum else None
+    is_outvoted = not approval.approvers and len(rejections) >= approval.quorum
+    return Verdict.REJECTED if is_outvoted or _to_come(approval) < missing else None
 
 
 def _approvals(approval: Approval) -> list[Vote]:
@@ -254,6 +252,14 @@ def _missing(approval: Approval, approvals: Collection[Vote]) -> int:
     by_role = Counter(vote.role for vote in approvals)
     short = sum(max(needed - by_role[role], 0) for role, needed in approval.role_quorum.items())
     return max(approval.quorum - len(approvals), short, 0 if approvals else 1)
+
+
+def _to_come(approval: Approval) -> int:
+    """How many can vote still."""
+    places = MAX_VOTES - len(approval.votes)
+    if not approval.approvers:
+        return places
+    return min(places, len(_voters(approval) - {vote.approver for vote in approval.votes}))
 
 
 def _is_veto(approval: Approval, vote: Vote) -> bool:
@@ -292,11 +298,8 @@ def _what_is_wrong(approval: Approval, vote: Vote) -> VoteCode | None:
     is_edit = vote.kind is VoteKind.EDIT
     if is_edit is (vote.items is UNSET):
         return VoteCode.WRONG_ITEMS
-    so_far = approval.voided + approval.votes
-    edits = sum(earlier.kind is VoteKind.EDIT for earlier in so_far)
-    if len(so_far) >= MAX_VOTES or (is_edit and edits >= MAX_EDITS):
-        return VoteCode.TOO_MANY
-    return None
+    edits = sum(earlier.kind is VoteKind.EDIT for earlier in approval.voided + approval.votes)
+    return VoteCode.TOO_MANY if is_edit and edits >= MAX_EDITS else None
 
 
 def _with(approval: Approval, vote: Vote) -> Approval:
@@ -326,7 +329,7 @@ _WHY_NO_VOTE: Final = {
     VoteCode.WRONG_ROLE: "The vote is not in a role that is asked.",
     VoteCode.CHANGED: "What the approver was shown is not what is asked now.",
     VoteCode.WRONG_ITEMS: "An edit brings the items it approves, and no other vote brings any.",
-    VoteCode.TOO_MANY: "The approval has taken as many votes or edits as it keeps.",
+    VoteCode.TOO_MANY: "The approval has taken as many edits as it keeps.",
 }
 
 
