@@ -203,7 +203,7 @@ class FlowWaits:
         name: str | None = None,
         roles: Sequence[str] | Mapping[str, int] = (),
         approvers: Sequence[str] = (),
-        quorum: int = 1,
+        quorum: int | None = None,
         veto: bool | Sequence[str] = True,
         requested_by: str | None = None,
         four_eyes: bool = False,
@@ -223,7 +223,7 @@ class FlowWaits:
             name: The step's name in this flow; `approval` with `#2` and so on for later calls unless given.
             roles: Who may vote; as a mapping, how many approvals of each role are needed.
             approvers: The closed list of those who may vote, where there is one.
-            quorum: How many must approve.
+            quorum: How many must approve; unless given, as many as `roles` ask for, or one.
             veto: Whose rejection ends it: everybody's, nobody's, or that of these roles.
             requested_by: Who wants it done; may not vote where `four_eyes`.
             four_eyes: Nobody approves what he has asked for himself: `requested_by` has no vote, and an edit is no
@@ -253,7 +253,7 @@ class FlowWaits:
         name: str | None = None,
         roles: Sequence[str] | Mapping[str, int] = (),
         approvers: Sequence[str] = (),
-        quorum: int = 1,
+        quorum: int | None = None,
         veto: bool | Sequence[str] = True,
         requested_by: str | None = None,
         four_eyes: bool = False,
@@ -457,7 +457,7 @@ class FlowWaits:
         name: str | None,
         roles: Sequence[str] | Mapping[str, int],
         approvers: Sequence[str],
-        quorum: int,
+        quorum: int | None,
         veto: bool | Sequence[str],
         requested_by: str | None,
         four_eyes: bool,
@@ -469,7 +469,7 @@ class FlowWaits:
     ) -> TaskDraft:
         wait = self._wait(WaitKind.APPROVAL, expires, "fail", remind, prompt, schema)
         rules = Rules(
-            quorum=arguments.count(quorum, "quorum"),
+            quorum=_quorum(quorum, roles),
             roles=arguments.names(roles, "roles"),
             role_quorum=arguments.quorums(roles, "roles"),
             approvers=arguments.names(approvers, "approvers"),
@@ -504,6 +504,11 @@ class FlowWaits:
         if name is None and beside:
             asked.append(step)
         return step
+
+
+def _quorum(quorum: int | None, roles: Sequence[str] | Mapping[str, int]) -> int:
+    needed = arguments.optional_count(quorum, "quorum")
+    return needed or sum(arguments.quorums(roles, "roles").values()) or 1
 
 
 def _veto(veto: bool | Sequence[str]) -> tuple[str, ...]:

@@ -224,6 +224,24 @@ def test_so_many_must_approve_as_are_asked_and_of_each_role_as_many(
     till.check_paid()
 
 
+@IN_MEMORY
+def test_as_many_must_approve_as_the_roles_ask_for_unless_it_is_said_otherwise(
+    lives: Lives,
+) -> None:
+    till = Till(lives, roles={"legal": 2, "finance": 1})
+
+    reports = [
+        till.vote("approve", "ann", role="legal"),
+        till.vote("approve", "bob", role="finance"),
+        till.vote("approve", "cid", role="legal"),
+    ]
+
+    assert [(r.counted, r.verdict) for r in reports] == [
+        (True, None), (True, None), (True, "approved"),
+    ]  # fmt: skip
+    till.check_paid()
+
+
 @RESTARTS
 def test_two_of_three_named_approvers_decide_and_nobody_else_has_a_say(
     lives: Lives, between: str | None
@@ -402,7 +420,8 @@ def test_another_owner_has_no_vote_here(lives: Lives) -> None:
         ({"quorum": 0}, "quorum"),
         ({"quorum": 2, "approvers": ["ann"]}, "quorum"),
         ({"four_eyes": True}, "requested_by"),
-        ({"roles": {"legal": 2}}, "role_quorum"),
+        ({"roles": {"legal": 1, "sales": 1}, "quorum": 1}, "roles asks for 2 approvals altogether"),
+        ({"roles": {"legal": 600, "sales": 600}}, "quorum"),
         ({"veto": ["legal"]}, "veto"),
         ({"roles": ["*"]}, "roles"),
         ({"quorum": 1_001}, "quorum"),

@@ -593,10 +593,10 @@ def test_votes_that_an_edit_made_void_take_no_place_from_those_to_come(
             "quorum is 2, but approvers has 1 who may vote;",
         ),
         ({"role_quorum": {"dev": 1}}, "role_quorum names the role 'dev', which is not in roles."),
-        ({"role_quorum": {"dev": 0}, "roles": ("dev",)}, "role_quorum asks for 0 of 'dev';"),
+        ({"role_quorum": {"dev": 0}, "roles": ("dev",)}, "roles asks for 0 of 'dev';"),
         (
             {"role_quorum": {"a": 1, "b": 1}, "roles": ("a", "b")},
-            "role_quorum asks for 2 approvals altogether, quorum for 1 only.",
+            "roles asks for 2 approvals altogether, quorum for 1 only.",
         ),
         ({"veto": ("dev",)}, "veto names the role 'dev', which is not in roles."),
         ({"veto": ("*", "dev")}, "veto names the role 'dev',"),

@@ -173,11 +173,11 @@ def _check_quorum(rules: Rules) -> None:
         if role not in rules.roles:
             raise ValueError(f"role_quorum names the role {_shown(role)}, which is not in roles.")
         if needed < 1:
-            raise ValueError(f"role_quorum asks for {needed} of {_shown(role)}; leave it out.")
+            raise ValueError(f"roles asks for {needed} of {_shown(role)}; leave it out.")
     in_roles = sum(rules.role_quorum.values())
     if in_roles > rules.quorum:
         raise ValueError(
-            f"role_quorum asks for {in_roles} approvals altogether, quorum for {rules.quorum} only."
+            f"roles asks for {in_roles} approvals altogether, quorum for {rules.quorum} only."
         )
     voters = len(_voters(rules))
     if rules.approvers and rules.quorum > voters:
