@@ -210,9 +210,9 @@ class SessionSignals(ScopedVerbs):
         """
         self._core.enter()
         vote = vote_of(self._core, decision, approver, digest, role, items, comment)
-        if token is not None:
+        if token is not None and flow_id is None and name is None:
             return await vote_by_token(self._core, token, vote, owner=self._session_key)
-        if flow_id is None or name is None:
+        if token is not None or flow_id is None or name is None:
             raise ValueError("say which approval: flow_id and name, or token.")
         wanted = arguments.lookup(flow_id, "flow_id")
         if wanted is None:

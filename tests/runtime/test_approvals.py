@@ -242,6 +242,26 @@ def test_as_many_must_approve_as_the_roles_ask_for_unless_it_is_said_otherwise(
     till.check_paid()
 
 
+@IN_MEMORY
+@pytest.mark.parametrize(
+    "where",
+    [
+        {},
+        {"name": "may pay"},
+        {"flow_id": "triage-1"},
+        {"token": "t", "flow_id": "triage-1", "name": "may pay"},
+        {"token": "t", "flow_id": "triage-1"},
+        {"token": "t", "name": "may pay"},
+    ],
+    ids=lambda where: " ".join(where),
+)
+def test_a_vote_says_in_one_way_which_approval_it_is_for(
+    lives: Lives, where: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match="say which approval: flow_id and name, or token"):
+        lives.play(lives.flows.vote("approve", approver="ann", digest="d", **where))
+
+
 @RESTARTS
 def test_two_of_three_named_approvers_decide_and_nobody_else_has_a_say(
     lives: Lives, between: str | None
