@@ -15,6 +15,7 @@ from flowstead.model.wait import RESERVED
 from flowstead.rules.user_json import is_encodable, plain
 
 E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
 
 _TEN_YEARS: Final = 10 * 365 * 24 * 3600
 _LARGEST: Final = 2**63 - 1
@@ -146,6 +147,13 @@ def duration(value: object, name: str) -> float:
     if found is None:
         raise TypeError(f"{name} must be a number of seconds, not None.")
     return found
+
+
+def given(value: object, kind: type[T], name: str) -> T | None:
+    """One of a class of ours, or None."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be a flowstead.{kind.__name__}, not {value!r:.40}.")
+    return value
 
 
 def retry(value: object) -> Retry | None:

@@ -27,7 +27,7 @@ from flowstead.model.command import Defect
 from flowstead.model.flow import Json
 from flowstead.model.limits import Limits
 from flowstead.model.retry import Retry
-from flowstead.notifiers.port import Notifier
+from flowstead.notifiers.port import Notifier, must_send
 from flowstead.registry import Registry
 from flowstead.results import SignalReport, VoteReport, error_for
 from flowstead.rules.digests import DigestTime
@@ -71,19 +71,21 @@ def open_runtime(
         digest_time: When what was put by for a digest goes out; 18:00 UTC unless given.
 
     Raises:
+        TypeError, ValueError: An argument could never be used; the message says which, and what is wanted.
         StoreInUse: On entering: another runtime owns the store; the message says which.
         StoreUnusable: On entering: the store is damaged, foreign, too new or not writable. Not changed.
     """
+    given = arguments.given
     return Runtime(
         _store_for(store, durability),
-        registry=Registry() if registry is None else registry,
+        registry=given(registry, Registry, "registry") or Registry(),
         clock=clock or SystemClock(),
         ids=ids or SystemIds(),
-        limits=limits or Limits(),
+        limits=given(limits, Limits, "limits") or Limits(),
         takeover=takeover,
-        notifier=notifier,
-        deliveries=deliveries,
-        digest_time=digest_time or DigestTime(),
+        notifier=None if notifier is None else must_send(notifier, "notifier"),
+        deliveries=given(deliveries, Retry, "deliveries") or DELIVERIES,
+        digest_time=given(digest_time, DigestTime, "digest_time") or DigestTime(),
     )
 
 
@@ -331,6 +333,8 @@ class Runtime:
 
 
 def _store_for(store: str | os.PathLike[str] | Store, durability: Durability) -> Store:
+    if durability not in ("full", "normal"):
+        raise ValueError(f"durability must be 'full' or 'normal', not {durability!r:.40}.")
     if isinstance(store, str):
         if not store.strip():
             raise ValueError("store must be a path, 'sqlite:///path', ':memory:' or a Store.")

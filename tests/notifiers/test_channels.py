@@ -297,5 +297,5 @@ async def test_the_channels_are_those_it_was_made_with() -> None:
     ("channels", "default"), [({7: LogNotifier()}, None), ({"a": print}, None), ({}, print)]
 )
 def test_what_is_no_notifier_is_an_error_at_once(channels: Any, default: Any) -> None:
-    with pytest.raises(TypeError, match=r"named by a string|has no send"):
+    with pytest.raises(TypeError, match=r"named by a string|must have `async def send"):
         RoutedNotifier(channels, default=default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import inspect
 import logging
@@ -20,6 +21,7 @@ import anyio
 import pytest
 import structlog
 
+import flowstead
 from flowstead import (
     Applied,
     Created,
@@ -596,3 +598,76 @@ def _run(program: str, db: Path, flags: tuple[str, ...] = ()) -> subprocess.Comp
         timeout=PATIENCE,
         check=False,
     )
+
+
+# ---- arguments that could never be used -----------------------------------------------------------
+
+
+class Sends:
+    def send(self, update: flowstead.Update) -> None: ...
+
+
+class SendsNothing:
+    send = None
+
+
+@pytest.mark.parametrize("where", [":memory:", "flows.db"])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"notifier": print}, r"notifier must have `async def send.*CallableNotifier"),
+        ({"notifier": lambda update: None}, r"notifier must have `async def send.*CallableNoti"),
+        ({"notifier": flowstead.LogNotifier}, r"notifier must have `async def send.*the class"),
+        ({"notifier": object()}, r"notifier must have `async def send\(self, update\)`, not <obj"),
+        ({"notifier": "http://x"}, r"notifier must have `async def send.*'http://x'"),
+        ({"notifier": Sends()}, r"notifier must have `async def send"),
+        ({"notifier": SendsNothing()}, r"notifier must have `async def send"),
+        ({"deliveries": 5}, r"deliveries must be a flowstead\.Retry, not 5\."),
+        ({"digest_time": "18:00"}, r"digest_time must be a flowstead\.DigestTime, not '18:00'\."),
+        ({"limits": {}}, r"limits must be a flowstead\.Limits, not \{\}\."),
+        ({"limits": flowstead.Limits}, r"limits must be a flowstead\.Limits, not <class"),
+        ({"registry": {}}, r"registry must be a flowstead\.Registry, not \{\}\."),
+        ({"durability": "ful"}, r"durability must be 'full' or 'normal', not 'ful'\."),
+        ({"durability": None}, r"durability must be 'full' or 'normal', not None\."),
+    ],
+)
+def test_an_argument_that_could_never_be_used_is_refused_when_it_is_given(
+    given: dict[str, object], told: str, where: str, tmp_path: Path
+) -> None:
+    kind = ValueError if "durability" in given else TypeError
+    store = where if where == ":memory:" else tmp_path / where
+
+    with pytest.raises(kind, match=f"^{told}"):
+        flowstead.open_runtime(store, **given)  # type: ignore[arg-type]
+
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [{"at": 1800}, {"timezone": None}, {"at": None, "timezone": 5}])
+def test_a_digest_time_that_is_no_text_is_told(given: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=r"^DigestTime\.(at|timezone) must be a string, not "):
+        flowstead.DigestTime(**given)  # type: ignore[arg-type]
+
+
+async def test_what_can_send_in_any_way_that_is_awaited_is_a_notifier() -> None:
+    class Plain:
+        async def send(self, update: flowstead.Update) -> None: ...
+
+    class Wrapped:
+        def __init__(self) -> None:
+            self.send = functools.partial(Plain().send)
+
+    class Decorated:
+        @functools.wraps(Plain.send)
+        def send(self, *args: flowstead.Update) -> object:
+            return Plain().send(*args)
+
+    class Callable:
+        class send:
+            async def __call__(self, update: flowstead.Update) -> None: ...
+
+        send = send()  # type: ignore[assignment, misc]
+
+    for notifier in (Plain(), Wrapped(), Decorated(), Callable()):
+        async with flowstead.open_runtime(":memory:", notifier=notifier):  # type: ignore[arg-type]
+            pass

@@ -7,8 +7,10 @@ raises any other    it may work later, after `retry_after` seconds at least if t
 
 from __future__ import annotations
 
+import inspect
 from typing import Protocol
 
+from flowstead.executors.code import is_async
 from flowstead.model.update import Update
 
 
@@ -30,3 +32,20 @@ class Notifier(Protocol):
             Exception: Anything else means the same, `retry_after` too if it has one.
         """
         ...
+
+
+def must_send(notifier: Notifier, name: str) -> Notifier:
+    """The notifier, if it can be one.
+
+    Raises:
+        TypeError: It has no `async def send(self, update)`.
+    """
+    send = None if isinstance(notifier, type) else getattr(notifier, "send", None)
+    if callable(send) and (not inspect.isroutine(send) or is_async(inspect.unwrap(send))):
+        return notifier
+    told = f"{name} must have `async def send(self, update)`, not {notifier!r:.40}."
+    if callable(notifier) and not isinstance(notifier, type):
+        told += " A function is made one by flowstead.CallableNotifier."
+    elif isinstance(notifier, type):
+        told += " It is the class; give one made of it."
+    raise TypeError(told)

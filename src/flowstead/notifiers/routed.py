@@ -7,7 +7,7 @@ from typing import Final
 
 from flowstead.errors import Fatal
 from flowstead.model.update import Update
-from flowstead.notifiers.port import Notifier
+from flowstead.notifiers.port import Notifier, must_send
 
 _LONGEST_NAME: Final = 80
 
@@ -29,9 +29,9 @@ class RoutedNotifier:
         for channel, notifier in channels.items():
             if not isinstance(channel, str):
                 raise TypeError(f"A channel is named by a string, not {channel!r}.")
-            _must_send(notifier, f"of {channel!r}")
+            must_send(notifier, f"The notifier of {channel!r}")
         if default is not None:
-            _must_send(default, "for the rest")
+            must_send(default, "The default notifier")
         self._channels: Final = dict(channels)
         self._default: Final = default
 
@@ -60,8 +60,3 @@ def _nobody_serves(channel: str | None) -> str:
     if len(channel) > _LONGEST_NAME:
         channel = channel[: _LONGEST_NAME - 1] + "…"
     return f"Nobody serves the channel {channel!r}, and there is no default notifier."
-
-
-def _must_send(notifier: Notifier, which: str) -> None:
-    if not callable(getattr(notifier, "send", None)):
-        raise TypeError(f"The notifier {which} has no send(update): {type(notifier).__name__}.")

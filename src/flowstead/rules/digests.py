@@ -26,6 +26,7 @@ class DigestTime(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit
     """When a day ends: `at` this time, "HH:MM", on the clocks of `timezone`.
 
     Raises:
+        TypeError: One of them is no string.
         ValueError: No such time, or no such zone.
     """
 
@@ -33,6 +34,9 @@ class DigestTime(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if not isinstance(value := getattr(self, name), str):
+                raise TypeError(f"DigestTime.{name} must be a string, not {value!r:.40}.")
         _time_of(self.at)
         _zone_of(self.timezone)
 
