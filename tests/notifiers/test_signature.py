@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.client
+import io
 import pickle
 import traceback
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -90,10 +93,60 @@ def test_a_sender_that_signs_twice_is_understood_by_who_knows_one_of_the_secrets
     assert verify_webhook(both, BODY, [SECRET], now=NOW)
 
 
-def test_headers_may_come_as_a_mapping_or_as_the_pairs_of_asgi() -> None:
-    pairs = [(name.lower().encode(), value.encode()) for name, value in headers().items()]
+class Headers:
+    """As of frameworks whose headers are no mapping, and keep a name as often as it came."""
 
-    assert verify_webhook([(b"accept", b"*/*"), *pairs], BODY, [SECRET], now=NOW)
+    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
+        self._pairs = pairs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name, _ in self._pairs])
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        yield from self._pairs
+
+
+def of_http_server(pairs: list[tuple[str, str]]) -> Any:
+    raw = "".join(f"{name}: {value}\r\n" for name, value in pairs)
+    return http.client.parse_headers(io.BytesIO(f"{raw}\r\n".encode("latin-1")))
+
+
+SHAPES: dict[str, Callable[[list[tuple[str, str]]], Any]] = {
+    "mapping": dict,
+    "of http.server": of_http_server,
+    "pairs": list,
+    "pairs that come one by one": iter,
+    "pairs of bytes": lambda pairs: [(n.lower().encode(), v.encode()) for n, v in pairs],
+    "lists of two": lambda pairs: [list(pair) for pair in pairs],
+    "items": Headers,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_headers_may_come_in_any_shape_that_has_pairs(shape: str) -> None:
+    others = [("Host", "example.com"), ("X-Two", "1"), ("X-Two", "2"), ("Content-Length", "20")]
+
+    given = SHAPES[shape]([*others, *headers().items()])
+
+    assert verify_webhook(given, BODY, [SECRET], now=NOW) == "flow-1:done"
+
+
+@pytest.mark.parametrize("shape", ["of http.server", "pairs", "items"])
+def test_a_header_that_came_twice_is_refused_in_any_shape(shape: str) -> None:
+    twice = [*headers().items(), ("webhook-id", "flow-2:done")]
+
+    assert refusal(SHAPES[shape](twice)) == "malformed"
+
+
+@pytest.mark.parametrize("given", [None, 5, ["Webhook-id"], [1, 2], [(1, "x")], object(), {1: "x"}])
+def test_what_are_no_headers_is_told(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"^verify_webhook needs the headers as a mapping or as p"):
+        verify_webhook(given, BODY, [SECRET], now=NOW)
+
+
+@pytest.mark.parametrize("value", [["flow-1:done"], 5, True, ("a",), object()])
+def test_a_header_whose_value_is_no_text_is_refused(value: object) -> None:
+    assert refusal(headers() | {"Webhook-id": value}) == "malformed"
 
 
 GENUINE = headers()["Webhook-signature"]

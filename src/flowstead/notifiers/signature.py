@@ -10,9 +10,9 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite
-from typing import Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from flowstead.engine.clock import SystemClock
 
@@ -20,7 +20,16 @@ ID: Final = "webhook-id"
 TIMESTAMP: Final = "webhook-timestamp"
 SIGNATURE: Final = "webhook-signature"
 
-Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str | bytes, str | bytes]]
+
+class HasItems(Protocol):
+    """A mapping, or what looks like one and may have a name twice: each framework has headers of its own."""
+
+    def items(self) -> Iterable[tuple[Any, Any]]:
+        """The pairs of a name and a value."""
+        ...
+
+
+Headers: TypeAlias = HasItems | Iterable[tuple[str | bytes, str | bytes]]
 
 _PREFIX: Final = "whsec_"
 _SHORTEST_SECRET: Final = 24
@@ -60,7 +69,8 @@ def verify_webhook(
     Parse the body only after this has returned.
 
     Args:
-        headers: As they arrived: a mapping, or pairs, as ASGI has them. The case of names does not matter.
+        headers: As they arrived: whatever has `items()`, as the headers of most frameworks, or pairs, as ASGI has
+            them. The case of names does not matter.
         body: The raw bytes as they arrived. JSON that was parsed and written again has another signature.
         secrets: What signatures are made with, each `whsec_…` or raw bytes: the present one, and the one before.
         now: Epoch milliseconds; the time of day if left out.
@@ -152,12 +162,18 @@ def _decoded(secret: str) -> bytes:
 
 
 def _webhook_headers(headers: Headers) -> list[tuple[str, str]]:
-    pairs = headers.items() if isinstance(headers, Mapping) else headers
-    texts = ((_text(name).lower(), _text(value)) for name, value in pairs)
-    return [(name, value) for name, value in texts if name in (ID, TIMESTAMP, SIGNATURE)]
+    try:
+        given = headers.items() if hasattr(headers, "items") else headers
+        pairs = [(_text(name).lower(), value) for name, value in given]
+    except (TypeError, ValueError, AttributeError):
+        raise TypeError(
+            "verify_webhook needs the headers as a mapping or as pairs of a name and a value,"
+            f" not {type(headers).__name__}."
+        ) from None
+    return [(name, _text(value)) for name, value in pairs if name in (ID, TIMESTAMP, SIGNATURE)]
 
 
-def _text(part: str | bytes) -> str:
+def _text(part: Any) -> str:
     return part.decode("latin-1") if isinstance(part, bytes) else part
 
 
@@ -167,7 +183,7 @@ def _header(given: list[tuple[str, str]], name: str, pattern: re.Pattern[str]) -
         raise WebhookRefused("missing", f"The webhook has no {name}.")
     if len(values) > 1:
         raise WebhookRefused("malformed", f"The webhook has more than one {name}.")
-    if not pattern.fullmatch(values[0]):
+    if not isinstance(values[0], str) or not pattern.fullmatch(values[0]):
         raise WebhookRefused("malformed", f"The webhook's {name} is not one.")
     return values[0]
 
