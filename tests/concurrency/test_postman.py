@@ -26,6 +26,7 @@ from flowstead import (
     Transient,
     Update,
 )
+from flowstead.model.update import StoredUpdate
 from flowstead.store import codec
 from flowstead.store.codec import FlowWrite
 from flowstead.testing import ManualClock, RecordingNotifier
@@ -173,6 +174,21 @@ async def test_what_fails_is_tried_again_at_growing_intervals_under_one_key_unti
         assert channel.attempts == 5
         assert runtime.statistics().deliveries_failed == 1
         assert runtime.statistics().delivered == 0
+
+
+async def test_a_channel_that_is_down_for_three_days_loses_nothing_unless_the_host_says_otherwise(
+    clock: ManualClock,
+):
+    channel = RecordingNotifier()
+    channel.go_down()
+    async with running(clock=clock, notifier=channel) as runtime:
+        await end_a_flow(flows_of(runtime))
+        await pass_time(clock, 68 * 3600, step=600)
+        assert channel.attempts > 60
+        channel.come_up()
+        await pass_time(clock, 3600, step=600)
+
+        assert told(channel.updates) == ["test is done."]
 
 
 async def test_every_attempt_carries_the_same_key_and_its_own_number(clock: ManualClock):
@@ -591,6 +607,44 @@ async def test_of_one_flow_one_is_on_its_way_at_a_time_and_the_oldest_is_first(c
 
         assert told(channel.began) == ["a", "b", "c", "test is done."]
         assert channel.waiting == 0
+
+
+class CountingReads(FaultyStore):
+    """A store that counts the updates it hands out as due."""
+
+    rows = 0
+
+    async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        page = await super().list_updates_due(until=until, limit=limit)
+        self.rows += len(page)
+        return page
+
+
+@pytest.mark.parametrize("flows_of_it", [1, 3])
+async def test_a_backlog_of_few_flows_is_not_read_again_for_each_delivery(
+    clock: ManualClock, flows_of_it: int
+):
+    store, channel = CountingReads(), RecordingNotifier()
+    texts = [f"number {n}" for n in range(600 // flows_of_it)]
+    channel.go_down()
+    given: dict[str, Any] = {"clock": clock, "notifier": channel, "deliveries": ALWAYS}
+    async with running(store, registry=says(*texts), **given) as runtime:
+        for _ in range(flows_of_it):
+            flow_id = await new_flow(flows_of(runtime), "says", notify_policy="state_changes")
+            await soon(flows_of(runtime).result(flow_id))
+        await settle()
+
+    channel.come_up()
+    clock.advance(1)
+    store.rows = 0
+    async with running(store, **given) as runtime:
+        while runtime.statistics().delivered < len(texts) * flows_of_it + flows_of_it:
+            await settle()
+
+        assert len(channel.updates) == len(texts) * flows_of_it + flows_of_it
+        assert store.rows < 20 * len(channel.updates)
+        if flows_of_it == 1:
+            assert told(channel.updates) == [*texts, "test is done."]
 
 
 async def test_what_is_tried_again_holds_up_nobody_not_even_the_end_of_its_flow(

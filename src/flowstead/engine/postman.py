@@ -16,6 +16,7 @@ How long to wait for the next attempt is a duration, kept as an instant: if the 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -83,8 +84,11 @@ class Postman:
         self._is_told = asyncio.Event()
         self._armed: tuple[int, Handle] | None = None
         self._under_way: dict[int, asyncio.Task[None]] = {}
-        # Flows whose delivery came back while a page was read: what the page says of them is old.
+        # Updates on their way, and those that came back while a page was read: what it says of them is old.
+        self._sent: set[int] = set()
         self._came_meanwhile: set[int] = set()
+        # What flows have to tell after what they are being told, if no other flow stands in line.
+        self._next: dict[int, deque[StoredUpdate]] = {}
         self._looked_at: int | None = None
         self._is_closed = False
         self.delivered = self.failed = 0
@@ -150,6 +154,7 @@ class Postman:
         self._looked_at = now
 
     async def _bring_forward(self, instant: Callable[[StoredUpdate, int], int]) -> None:
+        self._next.clear()
         if self._under_way:
             # Else this might be written over what became of them.
             await asyncio.wait(self._under_way.values())
@@ -173,20 +178,42 @@ class Postman:
     async def _send_due(self) -> None:
         now = self._clock.now()
         limit = self._limits.deliveries
-        while len(self._under_way) < self._limits.deliveries and not self._is_closed:
+        while self._has_room:
             self._came_meanwhile.clear()
             page = await self._store.list_updates_due(until=now, limit=limit)
+            self._next.clear()
             for update in page:
-                if len(self._under_way) < self._limits.deliveries and not self._is_closed:
-                    self._set_out(update)
+                self._consider(update)
             if len(page) < limit:
                 break
             # All of these may be of flows that are being told something right now.
             limit *= 4
-        if len(self._under_way) >= self._limits.deliveries:
+        if not self._has_room:
+            self._next.clear()
             return  # whoever comes back looks again
         if (at := await self._store.next_update_due(after=now)) is not None:
             self._arm(at)
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._under_way) < self._limits.deliveries and not self._is_closed
+
+    def _consider(self, update: StoredUpdate) -> None:
+        if update.key in self._sent or update.key in self._came_meanwhile:
+            return
+        if update.flow_key in self._under_way:
+            self._next.setdefault(update.flow_key, deque()).append(update)
+        elif self._has_room:
+            self._set_out(update)
+
+    def _following(self, update: StoredUpdate) -> StoredUpdate | None:
+        """What its flow has to tell next, as far as that is known for certain."""
+        waiting = self._next.get(update.flow_key)
+        if not waiting:
+            return None
+        following = waiting.popleft()
+        # Progress may have been replaced since it was read, or be out of date.
+        return None if following.slot == PROGRESS else following
 
     def _arm(self, at: int) -> None:
         if self._armed is not None:
@@ -205,20 +232,24 @@ class Postman:
     # ---- one update -------------------------------------------------------------------------------
 
     def _set_out(self, update: StoredUpdate) -> None:
-        if update.flow_key in self._under_way or update.flow_key in self._came_meanwhile:
-            return
         task = asyncio.create_task(self._deliver(update), name="flowstead delivery")
         self._under_way[update.flow_key] = task
-        task.add_done_callback(partial(self._came_back, update.flow_key))
+        self._sent.add(update.key)
+        task.add_done_callback(partial(self._came_back, update))
 
-    def _came_back(self, flow_key: int, task: asyncio.Task[None]) -> None:
-        del self._under_way[flow_key]
-        self._came_meanwhile.add(flow_key)
+    def _came_back(self, update: StoredUpdate, task: asyncio.Task[None]) -> None:
+        del self._under_way[update.flow_key]
+        self._sent.discard(update.key)
+        self._came_meanwhile.add(update.key)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("delivery.crashed", error=repr(error))
             self._look_again()
         elif not self._is_closed:
-            self._look.set()
+            following = self._following(update)
+            if following is None:
+                self._look.set()
+            else:
+                self._set_out(following)
 
     async def _deliver(self, update: StoredUpdate) -> None:
         if update.kind is UpdateKind.REMINDER and await self._is_over(update):
@@ -242,6 +273,7 @@ class Postman:
         later = msgspec.structs.replace(failed, due_at=now + round(wait * 1000))
         log.warning("update.put_off", flow_id=update.flow_id, attempt=failed.attempt, seconds=wait)
         await self._write([codec.update_row(later, fresh=False)])
+        self.note(now + round(wait * 1000))
         return None
 
     async def _is_over(self, reminder: StoredUpdate) -> bool:
