@@ -45,6 +45,13 @@ def refusal(given: Any, body: bytes = BODY, **asked: Any) -> str:
     return refused.value.code
 
 
+def test_a_secret_that_was_read_as_bytes_is_not_taken_for_a_raw_one() -> None:
+    with pytest.raises(ValueError, match="is given as a string") as refused:
+        read_secrets([SECRET.encode()])
+
+    assert SECRET not in str(refused.value)
+
+
 def test_what_was_signed_is_let_in_and_answers_its_id() -> None:
     assert verify_webhook(headers(), BODY, [SECRET], now=NOW) == "flow-1:done"
 

@@ -139,6 +139,10 @@ def _key(secret: str | bytes) -> bytes:
     if isinstance(secret, str):
         key = _decoded(secret)
     elif isinstance(secret, bytes):
+        if secret.startswith(_PREFIX.encode()):
+            raise ValueError(
+                f"A webhook's secret that begins with {_PREFIX!r} is given as a string."
+            )
         key = secret
     else:
         raise TypeError(
