@@ -27,6 +27,8 @@ SOME_MAY_IMPORT = {
     # Reckons with dates, and never asks for the present one.
     "flowstead.rules.digests": {"datetime", "zoneinfo"},
     "flowstead.rules.shapes": {"jsonschema_rs"},
+    # Reads what others have written.
+    "flowstead.rules.type_schemas": {"datetime", "decimal", "uuid"},
 }
 NEVER = {"pickle", "marshal", "shelve", "yaml"}
 
@@ -87,11 +89,12 @@ def test_the_pure_floors_know_no_loop_no_clock_and_no_chance(floor: str) -> None
             assert name.split(".")[0] in allowed, f"{dotted(path)} imports {name}"
 
 
-def test_whoever_reckons_with_dates_below_the_clock_never_asks_what_time_it_is() -> None:
-    tree = ast.parse((SOURCE / "rules" / "digests.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", ["digests", "type_schemas"])
+def test_whoever_reckons_with_dates_below_the_clock_never_asks_what_time_it_is(module: str) -> None:
+    tree = ast.parse((SOURCE / "rules" / f"{module}.py").read_text(encoding="utf-8"))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
-    assert not names & {"now", "utcnow", "today"}
+    assert not names & {"now", "utcnow", "today", "uuid1", "uuid4"}
 
 
 def test_nothing_imports_the_runtime_but_the_front() -> None:

@@ -38,6 +38,7 @@ from flowstead.errors import (
     TaskSignal,
     Transient,
     Unavailable,
+    WrongShape,
 )
 from flowstead.executors import Command, Process, SyncContext, TaskInfo
 from flowstead.flow_waits import WaitStep
@@ -168,6 +169,7 @@ __all__ = [
     "WaitStep",
     "WebhookNotifier",
     "WebhookRefused",
+    "WrongShape",
     "open_runtime",
     "verify_webhook",
 ]

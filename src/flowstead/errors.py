@@ -8,7 +8,7 @@
     ├── Unavailable       safe to retry          MailboxFull RuntimeClosed
     ├── StoreError        reloaded from disk     CommitFailed (WriteConflict) OutcomeUnknown SnapshotUnreadable
     │                                            StoreInUse StoreUnusable
-    └── ChildError        a child's outcome      ChildFailed ChildTimedOut ChildCancelled ChildLost
+    └── ChildError        a child's outcome      ChildFailed ChildTimedOut ChildCancelled ChildLost WrongShape
 
 What a child raises to say how its failure is to be taken is a family of its own: `TaskSignal`.
 
@@ -211,6 +211,12 @@ class ChildLost(ChildError):
     """Nobody knows how the child ended."""
 
     _ended = "was lost"
+
+
+class WrongShape(ChildError):
+    """The answer of a wait fits the schema of its type, and the type does not take it all the same."""
+
+    _ended = "was answered with what its type does not take"
 
 
 class TaskSignal(Exception):

@@ -17,9 +17,10 @@ from msgspec import UNSET, UnsetType
 
 from flowstead import arguments
 from flowstead.decision import Ballot, Decision, Message
+from flowstead.errors import WrongShape
 from flowstead.model.approval import Rules, Verdict
 from flowstead.model.command import EndReport, Notify, TaskDraft
-from flowstead.model.flow import Flow, Json
+from flowstead.model.flow import Failure, Flow, Json
 from flowstead.model.task import Cancelled, Succeeded, Task, TimedOut, outcome_of
 from flowstead.model.wait import OnTimeout, Wait, WaitKind, inbox_of
 from flowstead.results import raise_refusal
@@ -106,7 +107,9 @@ class FlowWaits:
             remind: Seconds before the deadline at which the owner is reminded.
             prompt: What is asked, for people.
             schema: A JSON Schema, or a type, that an answer must fit; of a type an instance is returned. A wrong
-                answer is refused with the path, and the wait stays open. Needs the extra `schema`.
+                answer is refused with the path, and the wait stays open. Dates, UUIDs and other texts that a type
+                reads are checked like that; the `format`s of a JSON Schema of yours are not. Needs the extra
+                `schema`.
             key, fields: What a signal must name: plain JSON values.
 
         Raises:
@@ -114,6 +117,8 @@ class FlowWaits:
             ChildCancelled: Somebody withdrew the wait.
             CancelPending: A cancel is requested.
             StateTooLarge: The key or the schema is over `Limits.wait_bytes`.
+            WrongShape: The type takes less than its schema says (`__post_init__`, the length of bytes, …), and the
+                answer is nothing for it. The wait is over, and has that answer.
 
         Cancelling the caller leaves the wait open: the same step finds it again. Give `timeout` rather than putting
         `asyncio.timeout` around it: a controller that has left memory forgets that.
@@ -297,7 +302,7 @@ class FlowWaits:
             The message; None after a time-out with `on_timeout="resume"`.
 
         Raises:
-            ChildTimedOut, ChildCancelled, CancelPending: As for `wait`.
+            ChildTimedOut, ChildCancelled, CancelPending, WrongShape: As for `wait`.
 
         Cancelling the caller loses no message: the same step finds it again.
         """
@@ -306,10 +311,11 @@ class FlowWaits:
         named = inbox_of(WaitKind.MESSAGE, arguments.text(inbox, "inbox"))
         wait = msgspec.structs.replace(wait, inbox=named)
         draft = self._steps.plain_draft(WaitKind.MESSAGE, step, wait=wait)
-        told = _answer(await self._stand_in(draft), on_timeout, None)
+        task = await self._stand_in(draft)
+        told = _answer(task, on_timeout, None)
         if told is None:
             return None
-        body = told["body"] if schema is None else _as_shape(told["body"], schema)
+        body = _as_shape(task, told["body"], schema)
         return Message(id=told["id"], body=body, wants_reply=told["wantsReply"])
 
     async def reply(self, message: Message, value: Json = None) -> None:
@@ -520,14 +526,36 @@ def _veto(veto: bool | Sequence[str]) -> tuple[str, ...]:
 def _answer(task: Task, on_timeout: str, schema: Any) -> Any:
     if isinstance(outcome_of(task), TimedOut) and on_timeout == OnTimeout.RESUME:
         return None
-    return _as_shape(result_of(task), schema)
+    return _as_shape(task, result_of(task), schema)
 
 
-def _as_shape(value: Json, schema: Any) -> Any:
-    """The answer as an instance of the type that was asked for."""
+def _as_shape(task: Task, value: Json, schema: Any) -> Any:
+    """The answer as an instance of the type that was asked for.
+
+    Raises:
+        WrongShape: The type asks for more than its schema can say.
+    """
     if schema is None or isinstance(schema, Mapping):
         return value
-    return msgspec.convert(value, schema)
+    try:
+        return msgspec.convert(value, schema, str_keys=True)
+    except msgspec.ValidationError:
+        pass
+    try:
+        # To a schema 1.0 is an integer.
+        return msgspec.convert(_whole(value), schema, str_keys=True)
+    except msgspec.ValidationError as error:
+        failure = Failure(kind="wrong_shape", code="WrongShape", message=str(error))
+        raise WrongShape(task.task_id, task.run_id, failure) from error
+
+
+def _whole(value: Json) -> Json:
+    """The same with integers for whole floats."""
+    if isinstance(value, dict):
+        return {name: _whole(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _decision(task: Task, draft: TaskDraft) -> Decision:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pytest
 
-from flowstead import FlowContext, InvalidState, Rejected
+from flowstead import FlowContext, InvalidState, Rejected, WrongShape
 from flowstead.model.code import Code
 from tests.runtime.support import Lives, make
 from tests.runtime.waiting import (
@@ -160,6 +162,90 @@ def test_of_a_type_that_was_asked_for_an_instance_is_returned(
 
     assert lives.result(flow_id).status == "succeeded"
     assert seen[-4:] == [Order(items=[1]), 7, Order(items=[2]), Order(items=[2])]
+
+
+class Booking(msgspec.Struct):
+    """What only its own code can judge: not even the schema of its type."""
+
+    day: datetime.date
+    nights: int
+    seats: dict[int, str] = {}
+
+    def __post_init__(self) -> None:
+        if self.nights < 1:
+            raise ValueError("too short")
+
+
+@pytest.mark.parametrize("how", [None, "kill"])
+def test_a_text_that_the_type_does_not_read_is_refused_and_the_wait_stays_open(
+    lives: Lives, how: str | None
+) -> None:
+    seen: list[Any] = []
+
+    async def books(flow: FlowContext) -> None:
+        seen.append(await flow.wait("booking", schema=Booking, thread=1))
+
+    lives.registry = registry_of(books=books)
+    flow_id = begun(lives, "books")
+    if how is not None:
+        # The process that takes the answer has not seen the type, and knows no controller.
+        lives.registry = registry_of()
+        reopened(lives, how)
+    wrong = {
+        '["day"]': {"day": "tomorrow", "nights": 1},
+        '["seats"]': {"day": "2030-12-31", "nights": 1, "seats": {"a": "b"}},
+        '["nights"]': {"day": "2030-12-31", "nights": 1.5},
+    }
+    for path, payload in wrong.items():
+        report = signalled(lives, payload, key={"thread": 1})
+        assert (report.code, path in report.reason) == ("wrong_shape", True), report
+    good = {"day": "2030-12-31", "nights": 2.0, "seats": {"1": "window"}}
+    assert signalled(lives, good, key={"thread": 1}).code == "matched"
+    if how is not None:
+        lives.registry = registry_of(books=books)
+        reopened(lives, how, 10)
+
+    assert lives.result(flow_id).status == "succeeded"
+    day = datetime.date(2030, 12, 31)
+    assert seen[-1] == Booking(day=day, nights=2, seats={1: "window"})
+    assert type(seen[-1].nights) is int
+
+
+async def _asks_beside(flow: FlowContext) -> Any:
+    return await (await flow.open_wait("booking", schema=list[Booking])).result()
+
+
+ASK: dict[str, Callable[[FlowContext], Awaitable[Any]]] = {
+    "wait": lambda flow: flow.wait("booking", schema=list[Booking]),
+    "open_wait": _asks_beside,
+    "receive": lambda flow: flow.receive(schema=list[Booking]),
+}
+
+
+@pytest.mark.parametrize("verb", ASK)
+def test_what_only_the_type_itself_can_refuse_is_raised_with_the_path(
+    lives: Lives, verb: str
+) -> None:
+    raised: list[WrongShape] = []
+
+    async def books(flow: FlowContext) -> None:
+        with pytest.raises(WrongShape) as caught:
+            await ASK[verb](flow)
+        raised.append(caught.value)
+
+    lives.registry = registry_of(books=books)
+    flow_id = begun(lives, "books")
+    payload = [{"day": "2030-12-31", "nights": 0}]
+    if verb == "receive":
+        lives.play(lives.flows.tell(flow_id, payload))
+    else:
+        signalled(lives, payload, flow_id=flow_id, name="booking")
+
+    assert lives.result(flow_id).status == "succeeded"
+    [error] = raised
+    assert str(error).endswith(
+        "was answered with what its type does not take: too short - at `$[0]`"
+    )
 
 
 def test_a_schema_that_makes_no_sense_is_refused_before_the_wait_is_opened(lives: Lives) -> None:

@@ -44,6 +44,7 @@ TREE: dict[str, str] = {
     "ChildTimedOut": "ChildError",
     "ChildCancelled": "ChildError",
     "ChildLost": "ChildError",
+    "WrongShape": "ChildError",
 }
 EVERY: dict[str, type[errors.FlowError]] = {
     name: found

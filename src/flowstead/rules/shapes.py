@@ -1,8 +1,9 @@
 """Shapes: whether an answer fits the JSON Schema that was asked for, and where it does not.
 
 Nothing is fetched: a schema is whole in itself. Patterns run in linear time, whatever text they meet, and `format`
-is a note to readers that refuses nothing. What is wrong is said in one sentence with the path of the first value
-that does not fit; the value itself is never quoted, as it may be long, or nobody's business.
+is a note to readers that refuses nothing; what a type reads from a text has a keyword of its own. What is wrong is
+said in one sentence with the path of the first value that does not fit; the value itself is never quoted, as it may
+be long, or nobody's business.
 
 The checking is done by jsonschema-rs, which is asked for only when somebody gives a schema.
 """
@@ -16,6 +17,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.model.command import Defect
+from flowstead.rules import type_schemas
 from flowstead.rules.user_json import encode_json
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ def _schema_of_type(shape: object) -> dict[str, Any]:
     if isinstance(shape, (str, bytes)) or shape is None:
         raise TypeError(NOT_A_SHAPE)
     try:
-        return msgspec.json.schema(shape)
+        return type_schemas.schema_of_type(shape)
     except TypeError as error:
         raise TypeError(NOT_A_SHAPE) from error
 
@@ -148,6 +150,7 @@ def _compile(schema: bytes) -> _Shape:
         validator = jsonschema_rs.validator_for(
             value,
             validate_formats=False,
+            keywords={type_schemas.KEYWORD: type_schemas.Text},
             retriever=refuse,
             pattern_options=jsonschema_rs.RegexOptions(),
         )
@@ -329,6 +332,7 @@ _WITH_FACT: Final[dict[str, tuple[str, Callable[[Any], str]]]] = {
     "AdditionalProperties": ("unexpected", _no_field),
     "ContentEncoding": ("content_encoding", lambda name: f"must be encoded in {_shown(name)}"),
     "ContentMediaType": ("content_media_type", lambda name: f"must be {_shown(name)}"),
+    "Custom": ("message", str),
     "ExclusiveMaximum": ("limit", lambda limit: f"must be less than {_shown(limit)}"),
     "ExclusiveMinimum": ("limit", lambda limit: f"must be greater than {_shown(limit)}"),
     "Format": ("format", _of_format),
