@@ -12,7 +12,7 @@ from flowstead.core import Core
 from flowstead.decision import Ballot
 from flowstead.engine.desk import Receipt, unsettled
 from flowstead.engine.mailbox import Reply
-from flowstead.model.approval import Verdict, Vote, VoteKind
+from flowstead.model.approval import Verdict, Vote, VoteCode, VoteKind
 from flowstead.model.code import Code, Refusal
 from flowstead.model.command import CastVote, Command, Defect, Deliver, TaskDraft
 from flowstead.model.flow import FlowKey, Json, StoredFlow
@@ -33,6 +33,7 @@ def _woke_nobody(code: SignalCode, reason: str) -> SignalReport:
     return SignalReport(matched=0, kept=False, code=code, reason=reason)
 
 
+VOTED_NOWHERE: Final = VoteReport(counted=False, code=VoteCode.NOT_FOUND, reason="Flow not found.")
 NOT_FOUND_REPORT: Final = _woke_nobody(SignalCode.NOT_FOUND, "Flow not found.")
 _NO_TOKEN: Final = _woke_nobody(SignalCode.NOT_FOUND, "This token answers nothing.")
 _DUPLICATE: Final = _woke_nobody(
@@ -164,7 +165,7 @@ async def vote_by_token(
     """Vote on the approval that a token stands for. Cancelling the caller does not take the vote back."""
     found = await _find_token(core, token, owner)
     if found is None or found[1] is None:
-        return VoteReport(counted=False, reason=_NO_TOKEN.reason)
+        return _not_counted(VoteCode.NOT_FOUND, _NO_TOKEN.reason)
     return await _cast(core, found[0], CastVote(step=found[1], vote=vote), "token")
 
 
@@ -182,24 +183,35 @@ async def _cast(core: Core, key: FlowKey, command: CastVote, actor: str) -> Vote
     if reply.refusal is not None:
         if reply.refusal.code in (Code.OVERLOADED, Code.PERSIST_FAILED, Code.OUTCOME_UNKNOWN):
             raise unsettled(reply.refusal)
-        return VoteReport(counted=False, reason=reply.refusal.reason)
+        return _not_counted(_vote_code(reply.refusal), reply.refusal.reason)
     return _vote_report(reply)
+
+
+def _vote_code(refusal: Refusal) -> VoteCode:
+    if refusal.detail is not None:
+        return VoteCode(refusal.detail)
+    if refusal.code in _NOWHERE:
+        return VoteCode.NOT_FOUND
+    return VoteCode.WRONG_SHAPE if refusal.code is Code.WRONG_SHAPE else VoteCode.LATE
+
+
+def _not_counted(code: VoteCode, reason: str, verdict: Verdict | None = None) -> VoteReport:
+    return VoteReport(counted=False, code=code, reason=reason, verdict=verdict)
 
 
 def _vote_report(reply: Reply) -> VoteReport:
     task = reply.children[-1]
     assert isinstance(task, StoredTask)
     if task.letter is not None:
-        return VoteReport(
-            counted=False, kept=True, reason="It is kept until the question is asked."
-        )
+        reason = "It is kept until the question is asked."
+        return VoteReport(counted=False, kept=True, code=VoteCode.KEPT, reason=reason)
     if task.result_json is UNSET:
-        return VoteReport(counted=True)
+        return VoteReport(counted=True, code=VoteCode.COUNTED)
     verdict = Verdict(msgspec.json.decode(task.result_json)["verdict"])
     if verdict in _VOID:
         reason = f"The approval is {verdict.value}. Nothing was counted."
-        return VoteReport(counted=False, verdict=verdict, reason=reason)
-    return VoteReport(counted=True, verdict=verdict)
+        return _not_counted(VoteCode(verdict.value), reason, verdict)
+    return VoteReport(counted=True, code=VoteCode.COUNTED, verdict=verdict)
 
 
 # ---- what both need -------------------------------------------------------------------------------

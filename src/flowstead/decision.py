@@ -21,8 +21,9 @@ class Ballot(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 class Decision(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """How an approval came out. Only `approved` allows anything; every other verdict is a refusal.
 
-    `items` is what was decided on: after an edit, the edited ones. Pass the decision as `approval=` to the step
-    that does what was approved: it must have exactly these items as its input, and it can be done once.
+    `items` is what was decided on: after an edit, the edited ones. `reason` says in a sentence why it was refused:
+    who rejected it and with which comment, or what made it void. Pass the decision as `approval=` to the step that
+    does what was approved: it must have exactly these items as its input, and it can be done once.
     """
 
     name: str

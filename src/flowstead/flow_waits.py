@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from flowstead import arguments
 from flowstead.decision import Ballot, Decision, Message
 from flowstead.errors import WrongShape
-from flowstead.model.approval import Rules, Verdict
+from flowstead.model.approval import Rules, Verdict, VoteKind
 from flowstead.model.command import EndReport, Notify, TaskDraft
 from flowstead.model.flow import Failure, Flow, Json
 from flowstead.model.task import Cancelled, Succeeded, Task, TimedOut, outcome_of
@@ -33,6 +33,8 @@ from flowstead.store import codec
 
 _NOTICE: Final = "notice"
 _LONGEST_NOTICE: Final = 4096
+_REASONS: Final = 10
+"""Rejections that the reason of a decision names; all are in its votes."""
 
 
 class WaitStep(Step):
@@ -222,11 +224,15 @@ class FlowWaits:
         controller knows it: once somebody else changes the flow, or if he has already, the answer is `stale`. What
         was approved is used by passing the decision on: `flow.run(pay, decision.items, approval=decision)`.
 
+        A vote may be an edit: then its items are what is decided about, it counts as an approval of them, and the
+        others have to vote again. So where two people must agree on what is done, say `quorum=2` or `four_eyes`.
+
         Args:
             prompt: The question, for people.
             items: What is decided about, as JSON: best the very input of the step that will do it.
             name: The step's name in this flow; `approval` with `#2` and so on for later calls unless given.
-            roles: Who may vote; as a mapping, how many approvals of each role are needed.
+            roles: Who may vote, in any mixture: two of one role are two. As a mapping, how many approvals of each
+                role are needed.
             approvers: The closed list of those who may vote, where there is one.
             quorum: How many must approve; unless given, as many as `roles` ask for, or one.
             veto: Whose rejection ends it: everybody's, nobody's, or that of these roles.
@@ -567,7 +573,8 @@ def _decision(task: Task, draft: TaskDraft) -> Decision:
     told = result_of(task)
     assert draft.wait is not None and draft.wait.approval is not None
     verdict = Verdict(told["verdict"])
-    reason = ""
+    votes = msgspec.convert(told["votes"], type=list[Ballot])
+    reason = _why(verdict, votes)
     if told["asked"] != draft.wait.approval.digest:
         verdict = Verdict.STALE
         reason = "What is asked now is not what was decided on."
@@ -576,6 +583,24 @@ def _decision(task: Task, draft: TaskDraft) -> Decision:
         verdict=verdict,
         items=told["items"],
         digest=told["digest"],
-        votes=msgspec.convert(told["votes"], type=list[Ballot]),
+        votes=votes,
         reason=reason,
     )
+
+
+def _why(verdict: Verdict, votes: Sequence[Ballot]) -> str:
+    """Why an approval was not given, as it is on record."""
+    match verdict:
+        case Verdict.APPROVED:
+            return ""
+        case Verdict.EXPIRED:
+            return "Its time was over before it was decided."
+        case Verdict.STALE:
+            return "The flow was changed after it was asked."
+    against = [vote for vote in votes if vote.kind == VoteKind.REJECT]
+    if not against:
+        return "It cannot be approved any more."
+    said = [
+        f"{vote.approver}: {vote.comment}" if vote.comment else vote.approver for vote in against
+    ]
+    return f"Rejected by {'; '.join(said[:_REASONS])}."

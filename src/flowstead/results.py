@@ -8,7 +8,7 @@ import msgspec
 
 from flowstead import errors
 from flowstead.decision import Ballot
-from flowstead.model.approval import Verdict
+from flowstead.model.approval import Verdict, VoteCode
 from flowstead.model.code import Code, Refusal
 from flowstead.model.flow import Flow, Json
 from flowstead.model.signal import SignalCode
@@ -191,10 +191,18 @@ class SignalReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class VoteReport(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What became of a vote. `verdict` is how the approval came out, once it has."""
+    """What became of a vote. `verdict` is how the approval came out, once it has.
+
+    `code` is `counted`; `kept`, where it came before the question, on which it will be counted if it names the
+    digest of what is then shown; or why it does not count: `late` (decided, or over), `expired`, `stale`, `changed`
+    (it names another digest than is asked now), `not_an_approver`, `no_approver`, `wrong_role`, `four_eyes`,
+    `already_voted`, `wrong_shape` and `wrong_items` (of an edit), `too_many`, `decided`, `not_found`. `reason` says
+    the same for people.
+    """
 
     counted: bool
     kept: bool = False
+    code: VoteCode
     verdict: Verdict | None = None
     reason: str | None = None
 

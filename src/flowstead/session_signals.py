@@ -9,6 +9,7 @@ from msgspec import UNSET, Raw, UnsetType
 from flowstead import arguments
 from flowstead.answering import (
     NOT_FOUND_REPORT,
+    VOTED_NOWHERE,
     answer_token,
     cast,
     encoded_or_raise,
@@ -193,8 +194,9 @@ class SessionSignals(ScopedVerbs):
         """Vote on an approval that a flow has asked for. Cancelling the caller does not take the vote back.
 
         Args:
-            decision: `approve`, `reject`, or `edit` to approve other items than were shown; under four eyes, to ask
-                for them.
+            decision: `approve`, `reject`, or `edit` to approve other items than were shown. An edit puts its items
+                in place of those shown and counts as an approval of them; what was said until then is void, and has
+                to be said again about the new `digest`. Under four eyes it only asks for them.
             approver: Who votes. The host vouches for it: an approver counts once. Names of people and roles are
                 compared exactly; what is not printable or not in Unicode normal form C is refused.
             digest: The hash of what the approver was shown; a vote about anything else does not count.
@@ -216,7 +218,7 @@ class SessionSignals(ScopedVerbs):
             raise ValueError("say which approval: flow_id and name, or token.")
         wanted = arguments.lookup(flow_id, "flow_id")
         if wanted is None:
-            return VoteReport(counted=False, reason="Flow not found.")
+            return VOTED_NOWHERE
         step = arguments.text(name, "name")
         return await cast(self._core, FlowKey(self._session_key, wanted), step, vote, self._actor)
 

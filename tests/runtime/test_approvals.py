@@ -160,11 +160,35 @@ def test_what_one_rejects_is_a_value_and_nothing_is_begun(
 ) -> None:
     till = Till(lives, between)
 
-    report = till.vote("reject", "ann")
+    report = till.vote("reject", "ann", comment="too much")
 
-    assert (report.counted, report.verdict) == (True, "rejected")
+    assert (report.counted, report.code, report.verdict) == (True, "counted", "rejected")
     till.check_nothing_begun("rejected")
     assert not till.decisions[0].approved
+    assert {decision.reason for decision in till.decisions} == {"Rejected by ann: too much."}
+
+
+@IN_MEMORY
+def test_what_nobody_rejects_and_cannot_be_approved_any_more_says_so(lives: Lives) -> None:
+    two = ["ann", "bob"]
+    till = Till(lives, quorum=2, approvers=two, requested_by="eve", four_eyes=True)
+
+    # Under four eyes the edit is no approval, and one person more is not enough.
+    assert till.vote("edit", "ann", items="less").verdict == "rejected"
+
+    assert till.verdict == "rejected"
+    assert till.decisions[0].reason == "It cannot be approved any more."
+
+
+@IN_MEMORY
+def test_of_several_who_reject_each_is_named(lives: Lives) -> None:
+    till = Till(lives, quorum=2, veto=False)
+    till.vote("reject", "ann", comment="too much")
+    till.vote("approve", "eve")
+    till.vote("reject", "bob")
+
+    till.check_nothing_begun("rejected")
+    assert till.decisions[0].reason == "Rejected by ann: too much; bob."
 
 
 @RESTARTS
@@ -347,27 +371,33 @@ def test_who_edits_the_items_does_not_approve_them_alone_where_four_eyes_are_nee
 @IN_MEMORY
 @pytest.mark.parametrize(
     "given",
-    [{"digest": "0" * 64}, {"approver": "ann"}, {"flow_id": "no such flow"}, {"name": "other"},
-     {"token": "no such token"}],
+    [{"digest": "0" * 64, "code": "changed"}, {"approver": "ann", "code": "already_voted"},
+     {"flow_id": "no such flow", "code": "not_found"}, {"name": "other", "code": "kept"},
+     {"token": "no such token", "code": "not_found"}, {"role": "guest", "code": "wrong_role"},
+     {"flow_id": "\ud800", "code": "not_found"}, {"approver": "asks", "code": "four_eyes"}],
     ids=lambda given: next(iter(given)),
 )  # fmt: skip
 def test_a_vote_that_does_not_count_leaves_everything_as_it_was(
     lives: Lives, given: dict[str, Any]
 ) -> None:
-    till = Till(lives, quorum=2)
-    till.vote("approve", "ann")
+    code = given.pop("code")
+    rules = {"requested_by": "asks", "four_eyes": True, "roles": ["lead"]}
+    till = Till(lives, quorum=2, **rules)
+    till.vote("approve", "ann", role="lead")
     before = till.question(), lives.history(till.flow_id)
-    asked = {"approver": "bob", "flow_id": till.flow_id, "name": "may pay"} | given
+    asked = {"approver": "bob", "role": "lead", "flow_id": till.flow_id, "name": "may pay"} | given
     asked = {"digest": before[0].approval.digest if before[0].approval else ""} | asked
     if "token" in given:
         del asked["flow_id"], asked["name"]
 
     report = lives.play(lives.flows.vote("approve", **asked))
 
-    assert not report.counted
+    assert (report.counted, report.code, report.kept) == (False, code, code == "kept")
+    assert report.reason
     if not report.kept:  # one on another step waits for its question
         assert (till.question(), lives.history(till.flow_id)) == before
-    assert till.vote("approve", "bob").verdict == "approved"
+    last = till.vote("approve", "bob", role="lead")
+    assert (last.counted, last.code, last.verdict) == (True, "counted", "approved")
 
 
 TWO_SPELLINGS = pytest.mark.parametrize(
@@ -528,9 +558,9 @@ def test_a_question_that_nobody_decides_in_time_is_expired_and_late_votes_are_to
 
     late = till.vote("approve", "ann", digest=digest)
 
-    assert not late.counted
-    assert not late.kept
+    assert (late.counted, late.kept, late.code) == (False, False, "late")
     till.check_nothing_begun("expired")
+    assert till.decisions[0].reason == "Its time was over before it was decided."
 
 
 # ---- early, by token, at once ---------------------------------------------------------------------
@@ -560,7 +590,7 @@ def test_votes_that_come_before_the_question_are_counted_when_it_is_asked(
         till.vote("approve", "ann", digest=digest),
         till.vote("approve", "ann", digest=digest),
     ]
-    assert [(r.counted, r.kept) for r in early] == [(False, True)] * 3
+    assert [(r.counted, r.kept, r.code) for r in early] == [(False, True, "kept")] * 3
     till.go_on()
     asked = till.question().approval
     assert asked is not None
@@ -803,7 +833,7 @@ def test_a_flow_that_somebody_else_has_changed_makes_the_question_stale(
 
     report = till.vote("approve", "ann", digest=digest)
 
-    assert (report.counted, report.verdict) == (False, "stale")
+    assert (report.counted, report.code, report.verdict) == (False, "stale", "stale")
     till.check_nothing_begun("stale")
 
 

@@ -29,8 +29,13 @@ class Verdict(StrEnum):
 
 
 class VoteCode(StrEnum):
-    """Why a vote does not count."""
+    """What became of a vote: it counts, it is kept for a question yet to come, or why it does not count."""
 
+    COUNTED = "counted"
+    KEPT = "kept"
+    LATE = "late"
+    NOT_FOUND = "not_found"
+    WRONG_SHAPE = "wrong_shape"
     DECIDED = "decided"
     EXPIRED = "expired"
     STALE = "stale"

@@ -34,10 +34,11 @@ class Code(StrEnum):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A command that changed nothing, and why."""
+    """A command that changed nothing, and why; `detail` is the code of the rules that were asked."""
 
     code: Code
     reason: str
+    detail: str | None = None
 
 
 NOT_FOUND = Refusal(Code.NOT_FOUND, "Flow not found.")

@@ -323,7 +323,7 @@ def _count(
     if isinstance(counted, approvals.VoteRefusal):
         if counted.verdict is not None:
             return [decided(task, view.now, counted.verdict)]
-        return Refusal(Code.NOT_APPROVED, counted.reason)
+        return Refusal(Code.NOT_APPROVED, counted.reason, counted.code)
     after, fact = change_task(
         task,
         view.now,
