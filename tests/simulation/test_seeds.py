@@ -144,6 +144,7 @@ RARE = (
     "task.ended limit_reached",
     "task.retry_scheduled timed_out",
     "fault fail_open",
+    "fault commits lost",
     "answered",
     "race won by napping",
     "code MailboxFull",
