@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from flowstead import Flow, Runtime
 from flowstead.testing import Simulation, explore, offline
 from tests import invariants
 
@@ -166,9 +167,9 @@ def test_the_flow_test_without_its_key_fails_as_the_readme_shows(
 ) -> None:
     source = (EXAMPLES / "test_my_flow.py").read_text(encoding="utf-8")
     broken = source.replace("(ctx.task_id, ", '(f"{ctx.task_id}-{ctx.attempt}", ')
-    (tmp_path / "test_broken.py").write_text(broken, encoding="utf-8")
+    (tmp_path / "test_my_flow.py").write_text(broken, encoding="utf-8")
 
-    told = program("-m", "pytest", "-q", "test_broken.py", exit_code=1)
+    told = program("-m", "pytest", "-q", "test_my_flow.py", exit_code=1)
 
     [shown] = re.findall(r"^```text\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
     assert broken != source
@@ -762,8 +763,93 @@ def test_the_demo_answers_for_itself_where_nobody_can(program: Program, tmp_path
     assert "2 effects for 2 messages: 0 lost · 0 done twice" in shown
 
 
+DAY = [
+    "'bill' needs review: a total of -5",
+    "[[['billed 5', 'o-1.pdf'], ['billed 5', 'o-2.pdf']], 'sent\\n']",
+]
+TOLD = {
+    "Twenty-five lines": (
+        ["queued -> ['Hello, Ada!', 'Hello, Grace!', 'Hello, Edsger!']"],
+        ["succeeded -> ['Hello, Ada!', 'Hello, Grace!', 'Hello, Edsger!']"],
+    ),
+    "Children, supervised": (
+        DAY,
+        DAY,
+    ),
+    "Waits that wake": (
+        [
+            "Pay 82? {'amount': 82, 'thread': 't-7'}",
+            "{'receipt': {'no': 4711}}",
+            "[done] invoice 7 is done.",
+        ],
+        ["{'receipt': {'no': 4711}}"],
+    ),
+}
+"""What the programs of a chapter of the README say, in the first run and in the second."""
+
+
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
-def test_a_program_in_the_readme_runs(program: Program, tmp_path: Path, block: int) -> None:
+def test_a_program_in_the_readme_runs_twice_in_one_folder_and_does_what_it_says(
+    program: Program, tmp_path: Path, block: int
+) -> None:
+    text = README.read_text(encoding="utf-8")
+    chapter = re.findall(r"^## (.+)$", text[: text.index(BLOCKS[block])], re.M)[-1]
     (tmp_path / "block.py").write_text(BLOCKS[block], encoding="utf-8")
 
-    program("block.py")
+    for expected in TOLD.get(chapter, ([], [])):
+        told = program("block.py").splitlines()
+
+        assert [line for line in expected if line not in told] == []
+    assert not (tmp_path / "flows.db").exists() or not [
+        update for update in updates(tmp_path) if update["status"] == "pending"
+    ]
+
+
+def test_the_programs_of_the_readme_that_are_looked_at_are_there() -> None:
+    chapters = re.findall(r"^## (.+)$", README.read_text(encoding="utf-8"), re.M)
+
+    assert set(TOLD) <= set(chapters)
+
+
+def test_an_invoice_as_the_readme_pays_it_is_paid_once_wherever_the_process_dies() -> None:
+    [block] = [block for block in BLOCKS if "shop/invoice" in block]
+    source = block.replace("asyncio.run(main())", "")
+
+    def scenario(sim: Simulation) -> None:
+        world: dict[str, Any] = {}
+        exec(compile(source, "README.md", "exec", dont_inherit=True), world)
+
+        async def host(runtime: Runtime) -> Flow:
+            flows = runtime.tasks.flow.bind_session(session_key="me")
+            flow = await flows.create_managed(
+                controller_id="shop/invoice",
+                goal="invoice 7",
+                state_json={"amount": 82, "thread": "t-7"},
+                idempotency_key="invoice-7",
+            )
+            await flows.signal(kind="reply", thread="t-7", payload={"no": 4711}, id="mail-1")
+            async with flows.watch(flow.flow_id, after_seq=0) as events:
+                async for event in events:
+                    if event.type == "flow.waiting":
+                        break
+            for question in await flows.list_waits(flow.flow_id):
+                assert question.approval is not None
+                for approver, role in (("ada", "lead"), ("grace", "finance")):
+                    await flows.vote(
+                        "approve",
+                        approver=approver,
+                        role=role,
+                        digest=question.approval.digest,
+                        token=question.token,
+                    )
+            return await flows.result(flow.flow_id)
+
+        flow = sim.run(host, registry=world["registry"])
+        # What must not be done twice is lost where nobody can know whether it was done.
+        assert flow.status == "succeeded" or "pay" in str(flow.failure), flow.failure
+        if flow.status == "succeeded":
+            assert flow.state_json == {"receipt": {"no": 4711}}
+
+    gone = explore(scenario, seeds=0)
+
+    assert gone.crashes >= gone.steps_crashed_at > 50
