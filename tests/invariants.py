@@ -605,6 +605,8 @@ def check_stands(flow: FlowRows) -> None:
         )
     if doc.get("parkAt") is not None:
         assert awaiting, f"{flow.name} is to be parked, and its controller stands nowhere"
+    selecting = doc.get("selecting", [])
+    assert all(group in awaiting for group in selecting), f"{flow.name} selects among nothing"
     if not awaiting:
         return
     assert status in ("waiting", "blocked"), f"{flow.name} is {status}, and its controller stands"

@@ -181,9 +181,10 @@ class FlowWaits:
 
         Steps are signals (`open_wait`), timers (`start_timer`), approvals (`ask_approval`) and children (`start`).
         A controller that is run again is given the same one. `await step.outcome()` or `step.result()` of it says
-        how it ended.
+        how it ended. Waits, and children that have not begun, are withdrawn together with its end: an answer that
+        comes afterwards is for the next wait. Children that run are stopped.
 
-        Cancelling only stops the waiting; as long as it waits, nothing is withdrawn.
+        Cancelling only stops the waiting; as long as none has ended, nothing is withdrawn.
 
         Raises:
             ValueError: There is nothing to select from.
@@ -193,8 +194,9 @@ class FlowWaits:
         among = distinct(steps)
         if not among:
             raise ValueError("select needs at least one step.")
-        await self._standing.stand([step.task_id for step in among])
+        await self._standing.stand([step.task_id for step in among], withdraw=True)
         winner = await anext(Completed(among))
+        # Those that nobody had begun are withdrawn already, where the first was seen to end.
         for loser in reversed(among):
             if loser != winner:
                 await loser.cancel()

@@ -37,8 +37,12 @@ class Standing:
         if not self._left.done():
             self._left.set_result(None)
 
-    async def stand(self, names: Sequence[str], drafts: Sequence[TaskDraft] = ()) -> list[Begun]:
+    async def stand(
+        self, names: Sequence[str], drafts: Sequence[TaskDraft] = (), *, withdraw: bool = False
+    ) -> list[Begun]:
         """Wait until one of these steps has ended, `drafts` among them, and answer the child of each.
+
+        With `withdraw` those that nobody has begun end with it.
 
         Raises:
             CancelPending: A cancel is requested, and none of them has ended.
@@ -46,7 +50,13 @@ class Standing:
         ends = {d.task_id: self._steps.end_of(d.task_id) for d in drafts}
         begun: list[Begun] = []
         try:
-            await self._begin(names, drafts, ends, begun)
+            command = Await(
+                drafts=tuple(drafts),
+                steps=tuple(names),
+                may_park=self._may_park(),
+                withdraw=withdraw,
+            )
+            await self._begin(command, ends, begun)
             await self._until_any([end for _, end, _ in begun if end is not None], len(begun))
             return begun
         except asyncio.CancelledError:
@@ -59,12 +69,10 @@ class Standing:
 
     async def _begin(
         self,
-        names: Sequence[str],
-        drafts: Sequence[TaskDraft],
+        command: Await,
         ends: dict[str, asyncio.Future[bytes]],
         begun: list[Begun],
     ) -> None:
-        command = Await(drafts=tuple(drafts), steps=tuple(names), may_park=self._may_park())
         reply = await self._steps.ask(command)
         if reply.refusal is not None:
             raise_refusal(reply.refusal, None if reply.doc is None else codec.read_flow(reply.doc))

@@ -125,6 +125,44 @@ def test_a_loser_can_not_be_answered_any_more(lives: Lives) -> None:
     assert report.matched == 0
 
 
+@pytest.mark.parametrize("between", ["live", "without its controller"])
+def test_a_signal_after_the_win_is_for_the_next_wait_and_not_for_a_loser(
+    lives: Lives, between: str
+) -> None:
+    async def rounds(flow: FlowContext) -> None:
+        got = []
+        for number in range(2):
+            reply = await flow.open_wait(f"reply {number}", key=KEY)
+            timer = await flow.start_timer(f"timer {number}", 60)
+            got.append(await (await flow.select(reply, timer)).result())
+        await flow.finish(state_json=got)
+
+    lives.registry = registry_of(rounds=rounds)
+    flow_id = begun(lives, "rounds", 30)
+    if between == "live":
+        lives.play(_until_resumed(lives, flow_id))
+    else:
+        known, lives.registry = lives.registry, Registry()
+        reopened(lives, "kill", 60)
+
+    # In the same steps of the loop in which the timer has won, or days before anybody withdraws what has lost.
+    report = lives.play(lives.flows.signal(key=KEY, payload="word"))
+
+    assert report.code in ("kept", "matched")
+    if between != "live":
+        assert report.kept
+        lives.registry = known
+        reopened(lives, "close")
+    assert lives.result(flow_id).state_json == [None, "word"]
+
+
+async def _until_resumed(lives: Lives, flow_id: str) -> None:
+    async with lives.flows.watch(flow_id) as events:
+        async for event in events:
+            if event.type == "flow.resumed":
+                return
+
+
 def test_a_wait_that_times_out_wins_too(lives: Lives) -> None:
     async def brief(flow: FlowContext) -> None:
         steps = [await flow.open_wait("a", timeout=10.0), await flow.open_wait("b", key=KEY)]

@@ -559,7 +559,16 @@ def _check_flow_step(before: FlowState, after: FlowState, entry: Entry) -> None:
         raise Wrong(f"only the runtime enters a registered controller: {entry}")
     if not _FLOW_STEPS[kind](before, after):
         raise Wrong(f"this may not follow on {before.status}: {entry}")
+    if kind == "flow.resumed" and before.awaits and before.controller == "selects":
+        _check_losers_are_over(before, entry)
     _check_own_wait(before, entry)
+
+
+def _check_losers_are_over(flow: FlowState, entry: Entry) -> None:
+    """What lets a flow go on that selects has decided it: nothing answers a loser any more."""
+    left = [task for task in flow.open_waits if task.run_id in CONTENDERS]
+    if left and _ended_among(flow, CONTENDERS):
+        raise Wrong(f"a loser can still be answered: {left}, {entry}")
 
 
 def _check_own_wait(before: FlowState, entry: Entry) -> None:

@@ -270,12 +270,13 @@ def let_go_of_actors_that_are_writing(plant: pytest.MonkeyPatch) -> None:
 
 
 def hand_out_steps_in_the_order_asked_for(plant: pytest.MonkeyPatch) -> None:
-    def make_ready(self: Completed) -> None:
+    def take(self: Completed, _ended: list[Step]) -> bool:
         ended = [step for step in self._left if step._is_known]
         self._left = [step for step in self._left if step not in ended]
         self._ready.extend(ended)
+        return bool(ended)
 
-    plant.setattr(Completed, "_make_ready", make_ready)
+    plant.setattr(Completed, "_take", take)
 
 
 def let_losers_run_on(plant: pytest.MonkeyPatch) -> None:

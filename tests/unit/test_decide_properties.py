@@ -672,6 +672,7 @@ def stored(flow: StoredFlow) -> dict[str, Any]:
         "waitKey",
         "waitToken",
         "awaiting",
+        "selecting",
         "parkAt",
         "contentRevision",
         "grants",
@@ -1296,13 +1297,15 @@ drafts = st.builds(
 step_names = st.sampled_from(["w0", "w1", "w2", "in", "W0", "W3", ""])
 about_waits: st.SearchStrategy[c.Command] = st.one_of(
     st.builds(
-        lambda made, more, may_park: c.Await(
+        lambda made, more, may_park, withdraw: c.Await(
             drafts=tuple(made),
             steps=(*more, *(draft.run_id or "" for draft in made)),
             may_park=may_park,
+            withdraw=withdraw,
         ),
         st.lists(open_waits, max_size=2, unique_by=lambda draft: draft.task_id),
         st.lists(step_names, min_size=1, max_size=2),
+        st.booleans(),
         st.booleans(),
     ),
     st.builds(c.StopAwaiting, steps=st.lists(step_names, max_size=2).map(tuple)),

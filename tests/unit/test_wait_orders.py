@@ -1,8 +1,9 @@
 """One wait, and everything that can befall it in every order: it is resolved once, by the first that may.
 
 A signal for it, a new wait by hand, a cancel, the tick at its deadline, a restart: all sequences of them up to five
-long, repetitions included, for a wait of the flow's own and for a step's, its controller in memory or parked. What
-must come of each is said by a few lines of plain Python that know nothing of the rules.
+long, repetitions included, for a wait of the flow's own and for a step's, its controller in memory or parked, and
+for a step that is selected against a rival. What must come of each is said by a few lines of plain Python that know
+nothing of the rules.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ STEP_ENDS = {
 
 @dataclass(frozen=True)
 class Expected:
-    """A flow with one wait, as drawn on paper. `stands` says that it is what the flow waits for."""
+    """A flow with one wait, as drawn on paper. `stands` says that it is what the flow waits for.
+
+    `rival` says whether there is another, open, of which the first to end withdraws the other as long as it stands.
+    """
 
     is_step: bool
     on_timeout: OnTimeout
@@ -62,6 +66,7 @@ class Expected:
     stands: bool = True
     overdue: bool = False
     resolution: str | None = None
+    rival: bool = False
 
     @property
     def ended(self) -> bool:
@@ -72,7 +77,8 @@ class Expected:
         status = self.status
         if self.stands:
             status = "running" if self.is_step else "queued"
-        return replace(self, resolution=how, status=status, stands=False)
+        rival = self.rival and not self.stands
+        return replace(self, resolution=how, status=status, stands=False, rival=rival)
 
     def after(self, word: str) -> tuple[Code | None, Expected]:
         """The code of the refusal, if it is one, and how it stands then."""
@@ -82,6 +88,14 @@ class Expected:
                 if self.ended:
                     return Code.LATE, self
                 return (None, self.goes_on(ANSWERED)) if is_open else (Code.UNAWAITED, self)
+            case "rival":
+                if self.ended:
+                    return Code.LATE, self
+                if not self.rival:
+                    return Code.UNAWAITED, self
+                if self.stands:
+                    return None, self.goes_on(WITHDRAWN)
+                return None, replace(self, rival=False)
             case "set_waiting":
                 if self.ended:
                     return Code.TERMINAL, self
@@ -91,7 +105,9 @@ class Expected:
                 if self.ended:
                     return Code.TERMINAL, self
                 resolution = WITHDRAWN if is_open else self.resolution
-                return None, replace(self, status="cancelled", stands=False, resolution=resolution)
+                return None, replace(
+                    self, status="cancelled", stands=False, resolution=resolution, rival=False
+                )
             case "timeout":
                 if self.ended or not is_open or self.overdue:
                     return None, self
@@ -119,6 +135,7 @@ class World:
     now: int = NOW
     history: list[Event] = field(default_factory=list)
     deadline: int = 0
+    stand: c.Await = field(default_factory=lambda: stand_in(a_wait_draft("a")))
 
     def copied(self) -> World:
         book = Children(
@@ -167,7 +184,7 @@ class World:
                 if not self.driven:
                     self.driven = True
                     self.turn(c.EnterController())
-                    self.turn(stand_in(a_wait_draft("a")))
+                    self.turn(self.stand)
             case StopController():
                 if self.driven:
                     self.driven = False
@@ -190,6 +207,8 @@ class World:
         match word:
             case "signal":
                 return self.turn(c.Deliver(wait_key="k", payload=FITS))[0]
+            case "rival":
+                return self.turn(c.Deliver(wait_key="rival", payload=FITS))[0]
             case "set_waiting":
                 return self.turn(set_waiting(self.view(), wait_key="by hand"))[0]
             case "cancel":
@@ -253,6 +272,16 @@ def a_flow_that_is_parked(on_timeout: OnTimeout) -> tuple[World, Expected]:
     return world, Expected(is_step=True, on_timeout=on_timeout)
 
 
+def a_flow_that_selects(on_timeout: OnTimeout) -> tuple[World, Expected]:
+    world = World(a_flow(), Children(), {}, driven=True)
+    world.deadline = NOW + 2 * SECOND
+    wait = {"wait_key": "k", "deadline_at": world.deadline, "on_timeout": on_timeout}
+    drafts = (a_wait_draft("a", **wait), a_wait_draft("b", wait_key="rival"))
+    world.stand = msgspec.structs.replace(stand_in(*drafts), withdraw=True)
+    world.turn(world.stand)
+    return world, Expected(is_step=True, on_timeout=on_timeout, rival=True)
+
+
 MADE: dict[str, Callable[[OnTimeout], tuple[World, Expected]]] = {
     "its own wait": a_flow_with_its_own_wait,
     "a step": a_flow_with_a_step,
@@ -268,7 +297,10 @@ def check(world: World, expected: Expected, done: tuple[str, ...]) -> None:
     waits = flow.status in (FlowStatus.WAITING, FlowStatus.BLOCKED)
     assert (flow.wait_json is not UNSET) is waits, said
     assert (flow.wait is not None) is (waits and not flow.awaiting), said
-    assert (flow.awaiting == (("A",),)) is (expected.is_step and expected.stands), said
+    group = ("A", "B") if "B" in world.rows else ("A",)
+    assert (flow.awaiting == (group,)) is (expected.is_step and expected.stands), said
+    if "B" in world.rows:
+        assert is_active(world.rows["B"]) is expected.rival, said
     assert (flow.blocked_summary is not None) is (expected.status == "blocked"), said
     if waits:
         assert TOKEN.encode() not in bytes(flow.wait_json), said  # type: ignore[arg-type]
@@ -276,6 +308,32 @@ def check(world: World, expected: Expected, done: tuple[str, ...]) -> None:
         assert decoded(world.rows["A"].result_json) == "fits", said
     elif expected.resolution == ANSWERED:
         assert decoded(flow.answer_json)["payload"] == "fits", said
+
+
+@pytest.mark.parametrize("on_timeout", OnTimeout)
+def test_of_two_that_are_selected_among_the_first_to_end_withdraws_the_other_in_every_order(
+    on_timeout: OnTimeout,
+) -> None:
+    played: Counter[str] = Counter()
+
+    def go_on(world: World, expected: Expected, done: tuple[str, ...]) -> None:
+        for word in (*WORDS, "rival") if len(done) < LENGTH - 1 else ():
+            then, course = world.copied(), (*done, word)
+
+            code = then.befall(word)
+
+            wanted, after = expected.after(word)
+            assert code == wanted, " ".join(course)
+            check(then, after, course)
+            played[f"{after.resolution or 'open'}, {'rival' if after.rival else 'alone'}"] += 1
+            go_on(then, after, course)
+
+    world, expected = a_flow_that_selects(on_timeout)
+    check(world, expected, ())
+    go_on(world, expected, ())
+
+    pairs = {"open, rival", "open, alone", "answered, alone", "answered, rival", "withdrawn, alone"}
+    assert pairs <= played.keys(), "vacuous"
 
 
 @pytest.mark.parametrize("on_timeout", OnTimeout)

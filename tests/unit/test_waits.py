@@ -528,6 +528,86 @@ def test_two_groups_that_share_a_step_are_both_over_when_it_ends() -> None:
     assert flow_of(view).status is RUNNING
 
 
+def selecting(*drafts: c.TaskDraft, steps: tuple[str, ...] = (), may_park: bool = True) -> c.Await:
+    """The controller selects among these."""
+    stand = stand_in(*drafts, steps=steps, may_park=may_park)
+    return msgspec.structs.replace(stand, withdraw=True)
+
+
+@pytest.mark.parametrize("first", ["signal", "timer"])
+@pytest.mark.parametrize("driven", EITHER)
+def test_a_selection_is_decided_and_its_losers_are_withdrawn_in_one_turn(
+    driven: bool, first: str
+) -> None:
+    view = running()
+    play(view, selecting(a_wait_draft("a"), a_timer_draft("b", NOW + SECOND), a_wait_draft("c")))
+    view.driven = driven
+    command = c.Deliver(task_id="a", payload=FITS) if first == "signal" else c.Tick()
+
+    turn = play(view, command, at=NOW + (SECOND if first == "timer" else 0))
+
+    winner = "A" if first == "signal" else "B"
+    left = {"A", "B", "C"} - {winner}
+    assert turn.tasks[winner].status is TaskStatus.SUCCEEDED
+    assert {turn.tasks[loser].status for loser in left} == {TaskStatus.CANCELLED}
+    assert next(e.task_id for e in turn.events if e.type == "task.ended") == winner
+    assert view.children.active == {}
+    assert (flow_of(view).awaiting, flow_of(view).selecting) == ((), ())
+    for loser in sorted(left):
+        refused(view, c.Deliver(task_id=loser, payload=FITS), Code.UNAWAITED)
+
+
+def test_of_the_losers_of_a_selection_only_what_nobody_has_begun_ends_with_the_winner() -> None:
+    view = a_view(
+        a_flow(RUNNING),
+        a_launched("runs"),
+        a_launched("queued", TaskStatus.QUEUED),
+        a_linked("theirs"),
+        running={"runs"},
+        driven=True,
+    )
+    view.closing = True
+    play(view, selecting(a_wait_draft("a"), steps=("runs", "queued", "theirs")))
+
+    play(view, c.Deliver(task_id="a", payload=FITS))
+
+    assert set(view.children.active) == {"runs", "theirs"}
+    assert {task.cancel_requested_at for task in view.children.active.values()} == {None}
+
+
+def test_a_selection_of_which_one_has_ended_withdraws_the_others_at_once() -> None:
+    view = running()
+    play(view, c.AddTasks(drafts=(a_wait_draft("a"), a_wait_draft("b"))))
+    play(view, c.Deliver(task_id="a", payload=FITS))
+    assert "B" in view.children.active, "vacuous"
+
+    turn = play(view, selecting(steps=("a", "b")))
+
+    assert turn.tasks["B"].status is TaskStatus.CANCELLED
+    assert flow_of(view).status is RUNNING
+
+
+def test_what_one_selection_withdraws_wakes_whoever_stands_in_it_as_well() -> None:
+    view = running()
+    play(view, selecting(a_wait_draft("a"), a_wait_draft("b"), may_park=False))
+    play(view, selecting(a_wait_draft("c"), steps=("b",), may_park=False))
+    play(view, stand_in(a_wait_draft("d"), steps=("c",), may_park=False))
+
+    play(view, c.Deliver(task_id="a", payload=FITS))
+
+    assert (flow_of(view).awaiting, flow_of(view).selecting) == ((), ())
+    assert list(view.children.active) == ["D"]
+
+
+def test_who_only_stands_withdraws_nothing() -> None:
+    view = running()
+    play(view, stand_in(a_wait_draft("a"), a_wait_draft("b")))
+
+    play(view, c.Deliver(task_id="a", payload=FITS))
+
+    assert list(view.children.active) == ["B"]
+
+
 def test_a_group_that_stands_on_is_described_with_the_next() -> None:
     view = running()
     play(view, stand_in(a_wait_draft("a"), may_park=False))

@@ -159,11 +159,13 @@ class Await(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The controller stands still until one of its steps ends, those in `drafts` among them.
 
     `steps` are run ids or task ids. One that may not be parked is in the midst of something that would be lost.
+    With `withdraw` those of the others that nobody has begun end together with the first.
     """
 
     drafts: tuple[TaskDraft, ...] = ()
     steps: tuple[str, ...]
     may_park: bool = True
+    withdraw: bool = False
 
 
 class StopAwaiting(msgspec.Struct, frozen=True, kw_only=True, gc=False):

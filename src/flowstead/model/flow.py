@@ -113,9 +113,10 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
 
     `wait` is how the flow's own wait is answered, `wait_key` the digest of that or of the last one, and
     `wait_token` that of its token. `awaiting` is what its controller stands in: groups of children, of which the
-    first to end wakes it. Until `park_at` is cleared the controller may still be in memory, and has to be entered
-    again if it is not. `content_revision` is the revision at which somebody else than the controller last changed
-    the content, and `grants` are what approvals allow.
+    first to end wakes it; in those that are `selecting` as well it withdraws the others. Until `park_at` is cleared
+    the controller may still be in memory, and has to be entered again if it is not. `content_revision` is the
+    revision at which somebody else than the controller last changed the content, and `grants` are what approvals
+    allow.
     """
 
     key: Whole
@@ -131,6 +132,7 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
     wait_key: str | None = None
     wait_token: str | None = None
     awaiting: tuple[tuple[str, ...], ...] = ()
+    selecting: tuple[tuple[str, ...], ...] = ()
     park_at: Whole | None = None
     content_revision: Whole = 0
     grants: dict[str, Grant] = {}

@@ -105,6 +105,7 @@ def _set_waiting(view: View, command: c.SetWaiting) -> Answer:
         wait_key=None if command.wait is None else command.wait.wait_key,
         wait_token=token_digest_of(command.wait),
         awaiting=(),
+        selecting=(),
         park_at=None,
         blocked_task_id=command.blocked_task_id,
         blocked_summary=command.blocked_summary,

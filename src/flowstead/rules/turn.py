@@ -20,7 +20,7 @@ from flowstead.model.task import StoredTask, TaskStatus, is_active
 from flowstead.model.update import StoredUpdate
 from flowstead.rules import follow, mirror, news, review, waits
 from flowstead.rules.decide import decide
-from flowstead.rules.view import Decision, Fact, News, View
+from flowstead.rules.view import NOTHING, Decision, Fact, News, View
 
 
 class Taken(msgspec.Struct, frozen=True, gc=False):
@@ -130,9 +130,11 @@ class Turn:
             self._apply(follow.end_code(self.view, command), actor)
 
     def _wake(self, actor: str) -> None:
-        flow = self.view.flow
-        if flow is not None and flow.awaiting and not has_ended(flow):
-            self._apply(waits.wake(self.view), actor)
+        # What one selection withdraws another wait may have stood in.
+        while (flow := self.view.flow) is not None and flow.awaiting and not has_ended(flow):
+            if (woken := waits.wake(self.view)) is NOTHING:
+                return
+            self._apply(woken, actor)
 
     def _note_start(self, task: StoredTask) -> None:
         self.view.started[task.task_id] = task.attempt

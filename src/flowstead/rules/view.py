@@ -153,6 +153,7 @@ _BOOKKEEPING: Final = frozenset(
         "wait_key",
         "wait_token",
         "awaiting",
+        "selecting",
         "park_at",
         "content_revision",
         "grants",
@@ -168,7 +169,13 @@ _NEVER_TOLD: Final = _BOOKKEEPING | {
     "request_digest",
 }
 
-NO_WAIT: Final[dict[str, Any]] = {"wait_json": UNSET, "wait": None, "awaiting": (), "park_at": None}
+NO_WAIT: Final[dict[str, Any]] = {
+    "wait_json": UNSET,
+    "wait": None,
+    "awaiting": (),
+    "selecting": (),
+    "park_at": None,
+}
 """What a flow that does not wait any more looks like."""
 
 

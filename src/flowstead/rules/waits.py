@@ -21,9 +21,9 @@ from flowstead.model.code import NOT_FOUND, Refusal
 from flowstead.model.effect import ParkController
 from flowstead.model.event import EventType
 from flowstead.model.flow import FlowStatus, StoredFlow, has_ended
-from flowstead.model.task import StoredTask
+from flowstead.model.task import Cancelled, StoredTask, TaskStatus
 from flowstead.model.wait import OnTimeout
-from flowstead.rules import answers, lifecycle
+from flowstead.rules import answers, endings, lifecycle
 from flowstead.rules.lifecycle import Operation
 from flowstead.rules.overdue import first_overdue
 from flowstead.rules.view import NOTHING, Answer, Decision, View, change_flow, enter_controller
@@ -58,11 +58,16 @@ def await_steps(view: View, command: c.Await) -> Answer:
     found = [ends.get(task_id) or view.children.active.get(task_id) for task_id in steps]
     left = [task for task in found if task is not None and task.ended_at is None]
     waits = [task for task in left if task.wait is not None]
-    if len(left) < len(steps) or not waits:
+    if len(left) < len(steps):
+        lost = _withdraw(left, view.now) if command.withdraw else []
+        return _with_ends(msgspec.structs.replace(opened, answered=steps), lost)
+    if not waits:
         return msgspec.structs.replace(opened, answered=steps)
     if refused := lifecycle.refusal(flow, Operation.SET_WAITING):
         return refused
-    after, fact = _stand(view, flow, steps, waits, may_park=command.may_park)
+    after, fact = _stand(
+        view, flow, steps, waits, may_park=command.may_park, withdraw=command.withdraw
+    )
     return msgspec.structs.replace(
         opened,
         flow=after,
@@ -78,7 +83,9 @@ def _stand(
     waits: list[StoredTask],
     *,
     may_park: bool,
+    withdraw: bool,
 ) -> tuple[StoredFlow, Any]:
+    others_select = tuple(group for group in flow.selecting if group != steps)
     groups = (*(group for group in flow.awaiting if group != steps), steps)
     others = [view.children.active.get(i) for group in groups[:-1] for i in group]
     shown = [*(task for task in others if task is not None and task.wait is not None), *waits]
@@ -100,8 +107,23 @@ def _stand(
         wait=None,
         wait_key=None,
         awaiting=groups,
+        selecting=(*others_select, steps) if withdraw else others_select,
         park_at=park_at,
         **fields,
+    )
+
+
+def _withdraw(losers: Iterable[StoredTask], now: int) -> list[endings.Change]:
+    """End what nobody has begun, so that nothing answers it any more; what runs its controller stops."""
+    why = Cancelled(endings.cancelled("another step was first"))
+    return [endings.end(task, now, why) for task in losers if task.status is TaskStatus.QUEUED]
+
+
+def _with_ends(answer: Decision, ends: list[endings.Change]) -> Decision:
+    return msgspec.structs.replace(
+        answer,
+        tasks=(*answer.tasks, *(task for task, _ in ends)),
+        facts=(*answer.facts, *(fact for _, fact in ends)),
     )
 
 
@@ -139,12 +161,22 @@ def stop_awaiting(view: View, command: c.StopAwaiting) -> Answer:
 
 
 def wake(view: View) -> Decision:
-    """The flow goes on where something that its controller stood in has ended."""
+    """The flow goes on where something that its controller stood in has ended; a selection is decided by it."""
     flow = view.flow
     assert flow is not None
     active = view.children.active
     over = [group for group in flow.awaiting if any(task_id not in active for task_id in group)]
-    return _go_on(view, flow, over) if over else NOTHING
+    if not over:
+        return NOTHING
+    decided = dict.fromkeys(i for group in over if group in flow.selecting for i in group)
+    lost = _withdraw([active[task_id] for task_id in decided if task_id in active], view.now)
+    woken = _go_on(view, flow, over)
+    return Decision(
+        flow=woken.flow,
+        tasks=tuple(task for task, _ in lost),
+        facts=(*(fact for _, fact in lost), *woken.facts),
+        effects=woken.effects,
+    )
 
 
 def _go_on(view: View, flow: StoredFlow, over: list[tuple[str, ...]]) -> Decision:
@@ -155,6 +187,7 @@ def _go_on(view: View, flow: StoredFlow, over: list[tuple[str, ...]]) -> Decisio
     stays = bool(left) and flow.park_at == NEVER_PARKED
     fields: dict[str, Any] = {
         "awaiting": left,
+        "selecting": tuple(group for group in flow.selecting if group in left),
         "wait_json": UNSET,
         "park_at": NEVER_PARKED if stays else None,
     }
