@@ -61,7 +61,7 @@ class SessionSignals(ScopedVerbs):
             flow_id, name: The flow, and the step that waits there; without a name the flow's own wait.
             token: The wait's token.
             lifetime: Seconds that an early signal is kept; `Limits.signal_lifetime` unless given, None not to keep
-                it. Not with a token, which answers what is open.
+                it. A token answers what is open, and keeps nothing.
             key, fields: What is answered: exactly the plain fields of the wait. `key` is for fields whose names are
                 taken here.
 
@@ -78,7 +78,7 @@ class SessionSignals(ScopedVerbs):
             raise ValueError("say what is answered: a key, flow_id (and name), or token.")
         if name is not None and flow_id is None:
             raise ValueError("name is a step of flow_id; a field of that name goes into key={...}.")
-        if lifetime is not UNSET and token is not None:
+        if token is not None and lifetime is not UNSET and lifetime is not None:
             raise ValueError("lifetime is for a signal that may come early; a token never does.")
         encoded = self._payload(payload, "payload")
         signal_id = None if id is None else arguments.identifier(id, "id")

@@ -50,9 +50,9 @@ def resolve(
     match op:
         case "signal" | "answer":
             args = {"payload": {"by": token}}
-            if given["lifetime"] != "usual":
-                args["lifetime"] = given["lifetime"]
             flow_id = _add_target(given, state, args, flow_id)  # type: ignore[assignment]
+            if given["lifetime"] != "usual" and "token" not in args:
+                args["lifetime"] = given["lifetime"]
             actor = ANYBODY if op == "answer" else actor
         case "tell" | "ask":
             args = {"message": {"by": token}, "inbox": given["inbox"]}
