@@ -244,9 +244,14 @@ DAMAGE_TO_WAITS = {
         "due_at is None",
     ),
     "a flow waits for a stranger": (
-        "UPDATE flows SET doc = json_set(doc, '$.awaiting', json('[[\"nobody\"]]'))"
-        " WHERE flow_id = 'top'",
+        "UPDATE flows SET doc = json_set(json_remove(doc, '$.selecting'), '$.awaiting',"
+        " json('[[\"nobody\"]]')) WHERE flow_id = 'top'",
         "not all of them its children",
+    ),
+    "a flow selects among what it does not wait for": (
+        "UPDATE flows SET doc = json_set(doc, '$.selecting', json('[[\"nobody\"]]'))"
+        " WHERE flow_id = 'top'",
+        "selects among nothing",
     ),
     "a flow waits for what has ended": (
         "UPDATE tasks SET doc = json_set(doc, '$.endedAt', 1) WHERE run_id = 'first'",
