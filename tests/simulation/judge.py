@@ -694,7 +694,8 @@ def _retry_task(world: World, call: Call) -> Seen:
         )
     code = _WHY_NOT_RETRIED.get(reason, call.args.get("defect"))
     code = "terminal" if reason.startswith("Flow is already") else code
-    if code is None or (call.troubled and "defect" in call.args):
+    is_crowded = "mutations waiting" in reason
+    if code is None or is_crowded or (call.troubled and "defect" in call.args):
         return _failed(world, call)
     return _seen(
         world,

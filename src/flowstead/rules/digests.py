@@ -34,8 +34,8 @@ class DigestTime(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if not isinstance(value := getattr(self, name), str):
+        for name, value in (("at", self.at), ("timezone", self.timezone)):
+            if not isinstance(value, str):
                 raise TypeError(f"DigestTime.{name} must be a string, not {value!r:.40}.")
         _time_of(self.at)
         _zone_of(self.timezone)
