@@ -176,6 +176,32 @@ def test_a_wait_that_times_out_wins_too(lives: Lives) -> None:
     assert lives.result(flow_id).state_json == "a"
 
 
+@pytest.mark.parametrize("down", [None, "kill", "close"])
+@pytest.mark.parametrize("soon", ["timer", "wait", "reminded"])
+def test_of_what_came_due_while_nobody_lived_the_earliest_wins_as_if_somebody_had(
+    lives: Lives, soon: str, down: str | None
+) -> None:
+    async def patient(flow: FlowContext) -> None:
+        remind = [3590.0] if soon == "reminded" else ()
+        steps = [await flow.open_wait("late", timeout=3600.0, remind=remind)]
+        if soon == "wait":
+            steps.append(await flow.open_wait("soon", timeout=60.0))
+        else:
+            steps.append(await flow.start_timer("soon", 60.0))
+        winner = await flow.select(*steps)
+        await flow.finish(state_json=winner.name)
+
+    lives.registry = registry_of(patient=patient)
+    flow_id = begun(lives, "patient", 5)
+    if down is not None:
+        lives.restart(down)
+        lives.world._seconds += 2 * 3600.0
+
+    lives.pass_time(2 * 3600.0)
+
+    assert lives.result(flow_id).state_json == "soon"
+
+
 def test_of_two_that_ended_before_anybody_looked_the_first_in_the_history_wins(
     lives: Lives,
 ) -> None:

@@ -38,7 +38,8 @@ def see_to(view: View, flow: StoredFlow, overdue: list[StoredTask]) -> Decision:
         return NOTHING
     changes: list[endings.Change] = []
     news: list[News] = []
-    for task in overdue:
+    # However late this is, what was over first is first: the first of several may be all that counts.
+    for task in sorted(overdue, key=_over_at):
         if task.letter is not None:
             changes.append(endings.end(task, view.now, Cancelled(_expired("nobody took it"))))
             continue
@@ -60,6 +61,10 @@ def see_to(view: View, flow: StoredFlow, overdue: list[StoredTask]) -> Decision:
         facts=(*(fact for _, fact in changes), *answer.facts),
         news=tuple(news),
     )
+
+
+def _over_at(task: StoredTask) -> int:
+    return 0 if task.wait is None else task.wait.deadline_at or 0
 
 
 def _child_due(task: StoredTask, wait: Wait, now: int) -> endings.Change:
