@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from flowstead import Limits
+from flowstead import Limits, Registry, Retry, TaskContext
+from flowstead.engine.actor import Actor
 from flowstead.engine.committer import Committer
 from flowstead.engine.mailbox import Reply
 from flowstead.model.code import Code
@@ -54,6 +55,35 @@ async def test_a_turn_that_crashes_fails_its_callers_and_nothing_of_it_is_kept()
         for flow_id in (bad, good):
             assert (await soon(flows.update(flow_id=flow_id, expected_revision=0))).applied
         assert holds_nothing(runtime)
+
+
+async def test_what_was_due_in_a_turn_that_crashed_is_seen_to_a_moment_later():
+    clock, registry = ManualClock(), Registry()
+    attempts = []
+
+    @registry.task(name="flaky", retry=Retry(initial=10.0, jitter=0))
+    async def flaky(context: TaskContext, given: object) -> None:
+        attempts.append(context.attempt)
+        if context.attempt == 1:
+            raise ValueError
+
+    def crash(*_: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    async with running(FaultyStore(), clock=clock, registry=registry) as runtime:
+        flow_id = await new_flow(flows_of(runtime))
+        await soon(flows_of(runtime).run_task(flow_id=flow_id, task="t", run="flaky"))
+        await settle()
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(Actor, "_fold", crash)
+            clock.advance(10)
+            await settle()
+        assert attempts == [1]
+
+        clock.advance(1)
+        await settle()
+
+        assert attempts == [1, 2]
 
 
 async def test_a_call_that_waits_behind_a_crashed_turn_is_answered_from_the_disk():

@@ -278,6 +278,7 @@ class Actor:
             self._leave(envelopes, veto=True)
             for envelope in envelopes:
                 envelope.fail(error)
+            self._look_again_later()
             self._go_on()
             return
         finally:
