@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pytest
 
-from flowstead import FlowContext, InvalidState, Rejected, WrongShape
+from flowstead import CommitFailed, FlowContext, InvalidState, Registry, Rejected, WrongShape
 from flowstead.model.code import Code
 from tests.runtime.support import Lives, make
 from tests.runtime.waiting import (
@@ -120,6 +122,41 @@ def test_an_early_addressed_signal_of_the_wrong_shape_is_put_aside_as_failed(liv
     assert answer_in(lives, flow_id) == GOOD
     letters = [task.status for task in lives.children(flow_id) if task.run_id is None]
     assert sorted(letters) == ["failed", "succeeded", "succeeded"]
+
+
+@pytest.mark.parametrize("by", ["key", "name"])
+def test_an_answer_whose_shape_cannot_be_checked_here_is_refused_to_its_sender_alone(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, by: str
+) -> None:
+    flow_id = waiting(lives, schema=ORDER)
+    flow = lives.flow(flow_id)
+    registry, lives.registry = lives.registry, Registry()
+    lives.restart("close")
+    lives.pass_time(0.1)
+
+    async def both() -> list[Any]:
+        addresses: dict[str, dict[str, Any]] = {
+            "key": {"key": {"kind": "reply", "thread": 1}},
+            "name": {"flow_id": flow_id, "name": "answer"},
+        }
+        return await asyncio.gather(
+            lives.flows.signal(payload=GOOD, **addresses[by]),
+            lives.flows.update(flow_id=flow_id, expected_revision=flow.revision, current_step="b"),
+            return_exceptions=True,
+        )
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "jsonschema_rs", None)
+        refused, updated = lives.play(both())
+
+    assert isinstance(refused, CommitFailed)
+    assert "flowstead[schema]" in str(refused)
+    assert updated.applied
+    assert "turn.crashed" not in caplog.text
+    lives.registry = registry
+    reopened(lives, "close")
+    assert signalled(lives, GOOD).matched
+    assert answer_in(lives, flow_id) == GOOD
 
 
 def test_of_several_flows_only_those_that_the_answer_fits_are_woken(lives: Lives) -> None:

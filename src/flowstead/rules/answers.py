@@ -113,8 +113,22 @@ def _unfit(view: View, wait: Wait, payload: Raw | UnsetType) -> Refusal | None:
         return Refusal(Code.UNAWAITED, f"This wait is answered by {told}.")
     if _is_over(wait, view.now):
         return Refusal(Code.LATE, "The deadline of this wait has passed.")
-    problem = None if wait.schema is UNSET else view.shapes.check(wait.schema, payload)
-    return None if problem is None else Refusal(Code.WRONG_SHAPE, f"{problem} The wait stays open.")
+    return _misfit(view, wait.schema, payload, "The wait stays open.")
+
+
+def _misfit(
+    view: View, schema: Raw | UnsetType, payload: Raw | UnsetType, afterwards: str
+) -> Refusal | None:
+    """What is wrong with the shape of an answer. One that cannot be checked here may come again."""
+    if schema is UNSET:
+        return None
+    try:
+        problem = view.shapes.check(schema, payload)
+    except (ImportError, ValueError) as error:
+        # Where the wait was opened this could be done.
+        told = f"The shape of the answer cannot be checked here: {error} {afterwards}"
+        return Refusal(Code.PERSIST_FAILED, told)
+    return None if problem is None else Refusal(Code.WRONG_SHAPE, f"{problem} {afterwards}")
 
 
 def _is_over(wait: Wait, now: int) -> bool:
@@ -310,9 +324,10 @@ def _count(
     """The approval with the vote in it, ended if that decides it."""
     wait = task.wait
     assert wait is not None and wait.approval is not None
-    edited = vote.items is not UNSET and wait.schema is not UNSET
-    if edited and (problem := view.shapes.check(wait.schema, vote.items)):  # type: ignore[arg-type]
-        return Refusal(Code.WRONG_SHAPE, f"{problem} The approval stays open.")
+    if vote.items is not UNSET and (
+        refused := _misfit(view, wait.schema, vote.items, "The approval stays open.")
+    ):
+        return refused
     counted = approvals.count_vote(
         wait.approval,
         vote,
