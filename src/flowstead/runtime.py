@@ -253,7 +253,7 @@ class Runtime:
         only stops the waiting.
 
         Raises:
-            RuntimeClosed: The runtime is closed, or was meanwhile.
+            RuntimeClosed: The runtime is closed, or was meanwhile, or another has taken its store over.
         """
         postman = self.core.engine.postman
         if postman is not None:

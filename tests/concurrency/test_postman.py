@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from flowstead import (
+    CommitFailed,
     Fatal,
     FlowContext,
     Limits,
@@ -29,6 +30,7 @@ from flowstead import (
 from flowstead.model.update import StoredUpdate
 from flowstead.store import codec
 from flowstead.store.codec import FlowWrite
+from flowstead.store.memory import MemoryStore
 from flowstead.testing import ManualClock, RecordingNotifier
 from tests.faulty_store import (
     NOT_WRITTEN,
@@ -1017,3 +1019,45 @@ async def test_nothing_is_sent_any_more_once_closing_has_begun(clock: ManualCloc
     async with running(store, clock=clock, notifier=later):
         await settle()
         assert told(later.updates) == ["test is done."]
+
+
+# ---- an owner that was overtaken ------------------------------------------------------------------
+
+
+async def test_an_owner_that_was_overtaken_sends_nothing_neither_its_own_nor_the_new_owners(
+    clock: ManualClock,
+):
+    store, old, new = MemoryStore(), RecordingNotifier(), Slow()
+    async with running(store, clock=clock, notifier=old, deliveries=ALWAYS) as first:
+        old.go_down()
+        await end_a_flow(flows_of(first))
+        assert old.attempts == 1
+        old.come_up()
+
+        taken = MemoryStore(store.tables)
+        async with running(taken, clock=clock, notifier=new, takeover=True) as second:
+            for _ in range(3):
+                await end_a_flow(flows_of(second))
+            await pass_time(clock, 20)
+
+            assert old.attempts == 1
+            assert new.waiting == 4
+            with pytest.raises(RuntimeClosed):
+                await soon(first.deliver())
+
+
+async def test_a_delivery_is_cut_off_when_its_owner_finds_out_that_it_was_overtaken(
+    clock: ManualClock,
+):
+    store, old, new = MemoryStore(), Slow(), RecordingNotifier()
+    async with running(store, clock=clock, notifier=old) as first:
+        await end_a_flow(flows_of(first))
+        assert old.waiting == 1
+
+        async with running(MemoryStore(store.tables), clock=clock, notifier=new, takeover=True):
+            with pytest.raises(CommitFailed):
+                await new_flow(flows_of(first))
+            await settle()
+
+            assert (old.waiting, len(old.given_up)) == (0, 1)
+            assert told(new.updates) == ["test is done."]

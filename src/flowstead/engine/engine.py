@@ -110,7 +110,7 @@ class Engine:
             limits=limits,
             watch_loop=watch_loop,
         )
-        self.committer = Committer(store, limits.batch, on_lost=self.supervisor.stop)
+        self.committer = Committer(store, limits.batch, on_lost=self._lost)
         self._loader = Loader(store)
         self._timers = Timers(store, clock, self._tick)
         self.desk = Desk(store, self.committer, clock, self.ask)
@@ -159,6 +159,12 @@ class Engine:
         self._is_closed = self._is_shut = False
         self.unregistered: dict[str, int] = {}
         self.unregistered_tasks: set[str] = set()
+
+    def _lost(self) -> None:
+        """Somebody else acts on these flows now: code that runs here must not go on, nor may anybody be told."""
+        self.supervisor.stop()
+        if self.postman is not None:
+            self.postman.stop()
 
     # ---- asking -----------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from flowstead.engine.committer import Committer
 from flowstead.engine.desk import Post, write_alone
 from flowstead.engine.guard import describe
 from flowstead.engine.unit import Unit
-from flowstead.errors import Fatal, RuntimeClosed, SnapshotUnreadable, StoreError
+from flowstead.errors import Fatal, RuntimeClosed, SnapshotUnreadable, StoreError, StoreInUse
 from flowstead.log import get_logger
 from flowstead.model.command import NoteDelivery
 from flowstead.model.flow import FlowKey
@@ -101,13 +101,16 @@ class Postman:
             self._arm(at)
 
     async def run(self) -> None:
-        """Send what is due, for ever; cancelled at shutdown."""
+        """Send what is due, until stopped or overtaken; cancelled at shutdown."""
         while True:
             self._look.clear()
             is_read = True
             for job in (self._see_to_clock, self._seal_digests, self._send_due):
                 try:
                     await job()
+                except StoreInUse as error:
+                    log.error("updates.lost", reason=str(error))
+                    return self.stop()
                 except StoreError as error:
                     log.error("updates.not_read", reason=str(error))
                     self._look_again()
@@ -120,25 +123,29 @@ class Postman:
         """Return once nothing is due: all was delivered, given up, or put off. Cancelling only stops the waiting.
 
         Raises:
-            RuntimeClosed: Closing has begun.
+            RuntimeClosed: Closing has begun, or another runtime has taken the store over.
         """
         self._is_told.clear()
         self._look.set()
-        await self._is_told.wait()
+        if not self._is_closed:
+            await self._is_told.wait()
         if self._is_closed:
-            raise RuntimeClosed("This runtime was closed while updates were waited for.")
+            raise RuntimeClosed("This runtime sends nothing any more: it is closing, or overtaken.")
 
-    async def aclose(self) -> None:
-        """Send nothing any more; what is on its way is cut off, and sent again by the next runtime."""
+    def stop(self) -> None:
+        """Send nothing any more; what is on its way is cut off, and sent again by who owns the store next."""
         self._is_closed = True
         self._is_told.set()
         if self._armed is not None:
             self._armed[1].cancel()
-        sending = tuple(self._under_way.values())
-        for task in sending:
+        for task in self._under_way.values():
             task.cancel()
-        if sending:
-            await asyncio.wait(sending, timeout=_AGAIN_SECONDS)
+
+    async def aclose(self) -> None:
+        """Stop, and see what was cut off to its end."""
+        self.stop()
+        if self._under_way:
+            await asyncio.wait(self._under_way.values(), timeout=_AGAIN_SECONDS)
 
     # ---- the clock --------------------------------------------------------------------------------
 

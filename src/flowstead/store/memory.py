@@ -63,8 +63,7 @@ class MemoryStore(MemoryWaits):
         tables = self.tables
         if self._epoch == 0:
             raise CommitFailed(f"{self.name} is closed. Nothing was written.")
-        if tables.epoch != self._epoch:
-            raise StoreInUse(self.name, "another runtime, which took it over")
+        self._check_ownership()
         transaction, before = Transaction(self.name), tables.last_position
         try:
             for write in writes:
@@ -85,6 +84,10 @@ class MemoryStore(MemoryWaits):
             tables.last_position = before
             raise
         return before + 1
+
+    def _check_ownership(self) -> None:
+        if self._epoch not in (0, self.tables.epoch):
+            raise StoreInUse(self.name, "another runtime, which took it over")
 
     def _write_flow(self, transaction: Transaction, row: FlowRow | None) -> None:
         tables = self.tables

@@ -31,6 +31,10 @@ class MemoryWaits:
 
     tables: MemoryTables
 
+    def _check_ownership(self) -> None:
+        """Refuse an owner that was overtaken."""
+        raise NotImplementedError
+
     # ---- writing ----------------------------------------------------------------------------------
 
     def _note_flow_wait(self, transaction: Transaction, row: FlowRow) -> None:
@@ -218,10 +222,12 @@ class MemoryWaits:
     # ---- updates ----------------------------------------------------------------------------------
 
     async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        self._check_ownership()
         rows = [row for due, row in self._pending() if due <= until and row.bucket is None]
         return _readable(sorted(rows, key=lambda row: (row.due_at, row.key)), _stored_update, limit)
 
     async def list_digests_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        self._check_ownership()
         rows = [row for due, row in self._pending() if due <= until and row.bucket is not None]
         rows.sort(key=lambda row: (row.owner_key, row.bucket, row.key))
         return _readable(rows, _stored_update, limit)

@@ -1,8 +1,8 @@
 """The port of a store: few verbs, each a promise. SQLite keeps it today; another database could tomorrow.
 
 One runtime owns a store at a time. `open` takes ownership, `commit` proves it in every transaction, and a
-runtime that was overtaken can read but never write. Reads say on whose behalf they are made: a `Scope` of one
-owner finds that owner's rows only, by the query itself.
+runtime that was overtaken can read, except for what there is to send, but never write. Reads say on whose behalf
+they are made: a `Scope` of one owner finds that owner's rows only, by the query itself.
 
 Keys are the store's own numbers for rows, growing in the order of creation. Positions number the history in
 the order of commits.
@@ -257,13 +257,20 @@ class Store(Protocol):
         ...
 
     async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
-        """Pending updates that go out alone and are due, longest due first; unreadable ones are left out."""
+        """Pending updates that go out alone and are due, longest due first; unreadable ones are left out.
+
+        Raises:
+            StoreInUse: Another runtime has taken over: sending them is its business now.
+        """
         ...
 
     async def list_digests_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
         """Pending updates that go out in a digest and are due, by owner and bucket, oldest first in each.
 
         The limit counts updates, so that the last bucket of a full page may go on. Unreadable ones are left out.
+
+        Raises:
+            StoreInUse: Another runtime has taken over.
         """
         ...
 

@@ -410,6 +410,13 @@ class SqliteStore:
         except sqlite3.DatabaseError as error:
             raise StoreUnusable(self.name, f"a read failed: {error}.") from error
 
+    async def _read_as_owner(self, function: Callable[..., T], *args: Any) -> T:
+        """Read what is the owner's alone to act on."""
+        try:
+            return await self._read(_read_fenced, self._epoch, function, args)
+        except Overtaken:
+            raise await self._step_down() from None
+
     async def load(self, keys: Sequence[FlowKey]) -> list[Snapshot | Exception | None]:
         return await self._read(sqlite_reads.load, keys)
 
@@ -489,10 +496,10 @@ class SqliteStore:
         return await self._read(sqlite_waits.list_open_waits, scope, flow_id, after_key, limit)
 
     async def list_updates_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
-        return await self._read(sqlite_outbox.list_updates_due, until, limit)
+        return await self._read_as_owner(sqlite_outbox.list_updates_due, until, limit)
 
     async def list_digests_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
-        return await self._read(sqlite_outbox.list_digests_due, until, limit)
+        return await self._read_as_owner(sqlite_outbox.list_digests_due, until, limit)
 
     async def next_update_due(self, *, after: int = -1) -> int | None:
         return await self._read(sqlite_outbox.next_update_due, after)
@@ -517,6 +524,16 @@ class SqliteStore:
 def _read_holder(connection: sqlite3.Connection) -> bytes:
     holder: bytes = connection.execute("SELECT holder FROM ownership").fetchone()[0]
     return holder
+
+
+def _read_fenced(
+    connection: sqlite3.Connection, epoch: int, function: Callable[..., T], args: tuple[Any, ...]
+) -> T:
+    """Read, and then see that the epoch is still ours: so it was when what was found was written."""
+    found = function(connection, *args)
+    if connection.execute("SELECT epoch FROM ownership WHERE id = 1").fetchall() != [(epoch,)]:
+        raise Overtaken
+    return found
 
 
 def _nail(connection: sqlite3.Connection, epoch: int) -> int:

@@ -1,4 +1,4 @@
-"""An owner that was overtaken can read but never write again."""
+"""An owner that was overtaken can read, but never write again, nor find what there is to send."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from flowstead.errors import StoreInUse
 from flowstead.store.port import EVERYONE, Store
 from flowstead.testing.conformance.fixtures import MakeStore
 from flowstead.testing.conformance.reads import ids, loaded, positions
-from flowstead.testing.conformance.rows import ALICE, changes, creates, flow_of, put, tells
+from flowstead.testing.conformance.rows import (
+    ALICE,
+    NOW,
+    changes,
+    creates,
+    flow_of,
+    put,
+    put_update,
+    tells,
+)
 
 
 class Takeover:
@@ -53,6 +62,25 @@ class Takeover:
         assert (await loaded(second)).flow.revision == 1
         assert await ids(second, ALICE) == ["later", "flow"]
         assert await positions(second) == [1, 2]
+
+    async def test_a_takeover_stops_the_overtaken_from_sending(
+        self, store: Store, another: MakeStore
+    ) -> None:
+        """What there is to tell, its own as well, the new owner finds, and nobody else."""
+        flow = await put(store)
+        await put_update(store, flow, "done")
+        second = another()
+        await second.open(takeover=True)
+        await put_update(second, flow, "digested", bucket="evening")
+
+        for _ in range(2):
+            with pytest.raises(StoreInUse):
+                await store.list_updates_due(until=NOW, limit=9)
+            with pytest.raises(StoreInUse):
+                await store.list_digests_due(until=NOW, limit=9)
+
+        assert len(await second.list_updates_due(until=NOW, limit=9)) == 1
+        assert len(await second.list_digests_due(until=NOW, limit=9)) == 1
 
     async def test_an_overtaken_store_is_refused_what_would_not_fit_either(
         self, store: Store, another: MakeStore
