@@ -52,7 +52,10 @@ class SessionSignals(ScopedVerbs):
         """Answer a wait: by its key, by flow and name, or by its token.
 
         By key it wakes every flow of this session that waits for exactly these fields, in the transaction that
-        records it. One that comes before anybody waits is kept, and answers the wait the moment it is opened. One
+        records it. One that wakes nobody is kept, and answers the next wait for them the moment that is opened,
+        whoever has waited for them before. To a step of a flow it is kept until the step is opened, which happens
+        once: then it is `late`, as it is for a token that was used and for a flow that has ended or is to be
+        cancelled. By key only one that is not to be kept is ever late: where all that have waited have ended. One
         with an `id` counts once, restarts included. Cancelling the caller does not take the signal back.
 
         Args:

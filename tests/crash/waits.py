@@ -191,7 +191,8 @@ class Waiters:
             self._early.append(topic)
         else:
             topic = rng.choice(self.topics or [COMMON])
-        spec = self._spec(rng, "key", topic=topic)
+        is_kept = topic in self._early or rng.random() < 0.7
+        spec = self._spec(rng, "key", topic=topic, is_kept=is_kept)
         if spec["id"] is not None and rng.random() < 0.1:
             codes = await asyncio.gather(self.send(spec), self.send(spec))
             taken = [code for code in codes if code in ("matched", "kept")]
@@ -301,7 +302,10 @@ class Waiters:
         mine, payload, signal_id = self.load.mine, spec["payload"], spec["id"]
         match spec["form"]:
             case "key":
-                report = await mine.signal(payload=payload, id=signal_id, topic=spec["topic"])
+                given: dict[str, Any] = {} if spec.get("is_kept", True) else {"lifetime": None}
+                report = await mine.signal(
+                    payload=payload, id=signal_id, topic=spec["topic"], **given
+                )
             case "step":
                 report = await mine.signal(
                     payload=payload, id=signal_id, flow_id=spec["flow"], name=spec["step"]

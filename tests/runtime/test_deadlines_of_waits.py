@@ -91,7 +91,7 @@ def test_a_wait_that_is_to_fail_raises_at_its_deadline(
     task = lives.child(flow_id, "answer")
     assert task.status == "timed_out"
     assert task.ended_at is not None and task.ended_at >= task.created_at + DEADLINE * 1000
-    assert signalled(lives, "late").code == "late"
+    assert signalled(lives, "late", lifetime=None).code == "late"
 
 
 def test_a_deadline_that_nobody_catches_fails_the_flow(lives: Lives) -> None:
@@ -200,7 +200,7 @@ def test_a_signal_at_the_deadline_is_late_even_if_no_timer_has_come_yet(
     # The wall clock is put right on the deadline, which no timer of the loop can know.
     lives.world.clock.shift_ms += wait.deadline_at - lives.now()
     given: dict[str, Any] = {
-        "key": {"key": KEY},
+        "key": {"key": KEY, "lifetime": None},
         "token": {"token": wait.token},
         "name": {"flow_id": flow_id, "name": "answer"},
     }[way]
@@ -210,6 +210,28 @@ def test_a_signal_at_the_deadline_is_late_even_if_no_timer_has_come_yet(
     assert (report.code, report.matched, report.kept) == ("late", 0, False)
     lives.pass_time(DEADLINE)
     assert answer_in(lives, flow_id) != "late"
+
+
+@pytest.mark.parametrize("how", [None, "kill", "close"])
+def test_a_signal_by_key_after_a_deadline_no_timer_has_come_for_is_kept_for_the_next_wait(
+    lives: Lives, how: str | None
+) -> None:
+    async def insists(flow: FlowContext) -> None:
+        first = await flow.wait("first", key=KEY, timeout=DEADLINE, on_timeout="resume")
+        second = await flow.wait("second", key=KEY)
+        await flow.finish(state_json={"answered": [first, second]})
+
+    lives.registry = registry_of(insists=insists)
+    flow_id = begun(lives, "insists")
+    lives.world.clock.shift_ms += round(DEADLINE * 1000)
+
+    report = lives.play(lives.flows.signal(payload="mine", key=KEY))
+    if how is not None:
+        reopened(lives, how)
+    lives.pass_time(DEADLINE)
+
+    assert (report.code, report.matched, report.kept) == ("kept", 0, True)
+    assert answer_in(lives, flow_id) == [None, "mine"]
 
 
 def test_a_signal_and_the_deadline_at_once_end_the_wait_once_in_every_order() -> None:
@@ -233,7 +255,7 @@ def test_a_signal_and_the_deadline_at_once_end_the_wait_once_in_every_order() ->
         with Simulation(Schedule(seed=seed, shuffle=True)) as world:
             seen.add(world.run(host, registry=lambda: registry_of(catches=catches)))
 
-    assert seen == {("in time", "matched"), (None, "late")}
+    assert seen == {("in time", "matched"), (None, "kept")}
 
 
 # ---- the flow's own wait --------------------------------------------------------------------------
@@ -253,7 +275,7 @@ def test_a_flows_own_wait_fails_it_at_the_deadline(
     assert ended.failure is not None
     assert (ended.failure.kind, ended.failure.code) == ("timed_out", "wait")
     assert (ended.wait_json, open_waits(lives)) == (None, [])
-    assert signalled(lives, 1, key={"thread": 1}).code == "late"
+    assert signalled(lives, 1, key={"thread": 1}, lifetime=None).code == "late"
 
 
 @pytest.mark.parametrize(("how", "down"), LIVES)

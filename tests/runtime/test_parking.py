@@ -463,7 +463,7 @@ def test_a_waiting_flow_that_is_cancelled_ends_at_once_and_its_waits_with_it(
     assert open_waits(lives) == []
     if seconds == LONG:
         assert seen.runs == runs, "nobody enters a controller to have it cancelled"
-    assert signalled(lives, 1).code == "late"
+    assert signalled(lives, 1, lifetime=None).code == "late"
     lives.pass_time(LONG)
     assert lives.flow(flow_id) == ended and in_memory(lives) == 0
 

@@ -143,15 +143,65 @@ def test_a_signal_that_is_not_to_be_kept_is_unawaited(lives: Lives) -> None:
     assert answer_in(lives, flow_id) == "again"
 
 
-def test_a_signal_is_late_once_everybody_who_waited_for_it_has_ended(lives: Lives) -> None:
+def test_a_signal_that_is_not_to_be_kept_is_late_once_everybody_who_waited_for_it_has_ended(
+    lives: Lives,
+) -> None:
     flow_id = waiting(lives)
     signalled(lives, 1)
     assert answer_in(lives, flow_id) == 1
 
-    late = signalled(lives, 2, id="s-2")
-    again = signalled(lives, 2, id="s-2")
+    late = signalled(lives, 2, id="s-2", lifetime=None)
+    again = signalled(lives, 2, id="s-2", lifetime=None)
 
     assert codes(late) == codes(again) == ("late", 0, False, [])
+
+
+@pytest.mark.parametrize("how", [None, *HOW])
+@pytest.mark.parametrize("is_made", [False, True], ids=["before its flow", "before its wait"])
+@pytest.mark.parametrize("lifetime", [{}, {"lifetime": 3600.0}])
+def test_an_early_signal_is_kept_however_often_its_key_has_been_waited_for(
+    lives: Lives, how: str | None, is_made: bool, lifetime: dict[str, float]
+) -> None:
+    async def asks(flow: FlowContext) -> None:
+        await flow.sleep("sends", 1.0)
+        await flow.finish(state_json={"answered": await flow.wait("answer", key=KEY)})
+
+    lives.registry = registry_of(asks=asks)
+    for day in range(3):
+        flow_id = begun(lives, "asks") if is_made else None
+
+        early = signalled(lives, day, id=f"s-{day}", **lifetime)
+        if how is not None:
+            reopened(lives, how)
+
+        flow_id = flow_id or begun(lives, "asks")
+        assert codes(early) == ("kept", 0, True, [])
+        assert answer_in(lives, flow_id) == day
+
+
+@pytest.mark.parametrize("how", [None, *HOW])
+def test_a_signal_that_only_a_flow_on_its_way_out_waits_for_is_kept_for_the_next(
+    lives: Lives, how: str | None
+) -> None:
+    async def lingers(flow: FlowContext) -> None:
+        await flow.start("stays", name="child")
+        await flow.wait("answer", key=KEY)
+
+    async def stays(_context: Any, _input: Any) -> None:
+        await asyncio.Event().wait()
+
+    lives.registry = registry_of(lingers=lingers)
+    lives.registry.task(stays)
+    leaving = begun(lives, "lingers")
+    revision = lives.flow(leaving).revision
+    lives.play(lives.flows.request_cancel(flow_id=leaving, expected_revision=revision))
+
+    report = signalled(lives, "for the next")
+    if how is not None:
+        reopened(lives, how)
+
+    assert codes(report) == ("kept", 0, True, [])
+    assert answer_in(lives, waiting(lives)) == "for the next"
 
 
 def test_a_signal_is_kept_while_one_of_those_who_waited_for_it_lives(lives: Lives) -> None:
@@ -310,7 +360,6 @@ async def test_keys_that_are_no_plain_fields_are_refused_before_anything_happens
             (ValueError, {"kind": "x", "name": "bob"}),
             (ValueError, {"token": "t", "name": "bob"}),
             (ValueError, {"token": "t", "lifetime": 60}),
-            (ValueError, {"token": "t", "lifetime": None}),
             (TypeError, {"key": "kind"}),
             (TypeError, {"key": [("kind", "x")]}),
             (InvalidState, {"key": {"value": 10**5_000}}),

@@ -223,11 +223,14 @@ def _by_key_or_token(world: World, call: Call, at: int) -> set[str]:
         codes |= _in_time(call, wait) if state.intent is None else {"late"}
     if codes == {"matched"}:
         return codes
+    if call.args.get("lifetime", 1.0) is not None:
+        # Whoever it is too late for, somebody else may wait for it yet.
+        return (codes - {"late"}) | {"kept"}
     return codes | _nobody(world, call, at)
 
 
 def _nobody(world: World, call: Call, at: int) -> set[str]:
-    """What is answered where nobody waits: late, if all that ever did have ended.
+    """What is answered where nobody waits, to what is not to be kept: late, if all that ever did have ended.
 
     Of its own waits a flow remembers the last, until its controller waits; what it knows of others is not promised.
     """
@@ -242,12 +245,8 @@ def _nobody(world: World, call: Call, at: int) -> set[str]:
     if over and not any("child" in ways for ways in live):
         codes.add("late")
     if live or not any("child" in ways for ways in over):
-        codes |= _early(call)
+        codes.add("unawaited")
     return codes
-
-
-def _early(call: Call) -> set[str]:
-    return {"unawaited"} if call.args.get("lifetime", 1.0) is None else {"kept"}
 
 
 def _answerable(state: FlowState, key: str) -> list[WaitState]:

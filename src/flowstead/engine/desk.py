@@ -167,7 +167,7 @@ class Desk:
                     continue
             elif found.waiting:
                 receipt = await self._wake(signal, found.waiting)
-                if receipt is not None:
+                if receipt is not None and not _may_be_early(signal, receipt):
                     return receipt
             return await self._keep(signal, found)
 
@@ -181,10 +181,10 @@ class Desk:
         return _receipt(flows, replies)
 
     async def _keep(self, signal: Signal, found: WaitsFound) -> Receipt:
-        if found.was_awaited and not found.is_live:
-            reason = "Every flow that waited for this has ended. Nothing was kept."
-            return Receipt(code=SignalCode.LATE, reason=reason)
         if signal.lifetime is None:
+            if found.was_awaited and not found.is_live:
+                reason = "Every flow that waited for this has ended."
+                return Receipt(code=SignalCode.LATE, reason=reason)
             return Receipt(code=SignalCode.UNAWAITED, reason="Nobody waits for this.")
         expires_at = self._clock.now() + round(signal.lifetime * 1000)
         row = codec.signal_row(self._stored(signal, expires_at=expires_at), fresh=True)
@@ -388,6 +388,11 @@ class Desk:
         """Answer who waits; flows take nothing more, so nothing new begins. What is kept the next runtime finds."""
         self._is_closed = True
         await self._lanes.drain()
+
+
+def _may_be_early(signal: Signal, receipt: Receipt) -> bool:
+    """Whether what comes too late for those who wait is kept: a key names no flow, and the next may wait for it."""
+    return receipt.code is SignalCode.LATE and signal.lifetime is not None
 
 
 def _as_reply(found: Reply | BaseException) -> Reply:
