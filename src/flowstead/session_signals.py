@@ -134,6 +134,8 @@ class SessionSignals(ScopedVerbs):
     ) -> SignalReport:
         """Tell a flow something: its controller takes it by `flow.receive`, in the order of the calls.
 
+        It is for the flow, not for one wait: what nobody takes now, or comes too late for the wait that is open, is
+        kept for the next.
         Durable when this answers; one with an `id` counts once. Cancelling the caller does not take it back.
 
         Raises:

@@ -491,23 +491,56 @@ def test_what_json_cannot_hold_is_refused_and_nothing_is_kept(lives: Lives, mess
 # ---- time -----------------------------------------------------------------------------------------
 
 
+class Impatient(Clerk):
+    """Waits a minute for his first message, and long for the second."""
+
+    async def clerk(self, flow: FlowContext) -> None:
+        first = await flow.receive(timeout=60, on_timeout="resume")
+        second = await flow.receive(timeout=600)
+        assert second is not None
+        await self.answer(flow, second)
+        await flow.finish(state_json=[first, second.body])
+
+
 @RESTARTS
 def test_a_clerk_whom_nobody_writes_in_time_goes_on_and_what_comes_later_is_for_his_next_turn(
     lives: Lives, between: str | None
 ) -> None:
-    class Impatient(Clerk):
-        async def clerk(self, flow: FlowContext) -> None:
-            first = await flow.receive(timeout=60, on_timeout="resume")
-            second = await flow.receive(timeout=600)
-            assert second is not None
-            await flow.finish(state_json=[first, second.body])
-
     clerk = Impatient(lives, between)
     lives.pass_time(61)
     clerk.turn_over()
     clerk.tell("late")
 
     assert clerk.got() == [None, "late"]
+
+
+@IN_MEMORY
+@pytest.mark.parametrize("how", [None, "kill", "close"])
+def test_what_is_told_after_a_clerks_patience_that_no_timer_has_ended_yet_is_for_his_next_turn(
+    lives: Lives, how: str | None
+) -> None:
+    clerk = Impatient(lives)
+    lives.world.clock.shift_ms += 61_000
+
+    report = lives.play(lives.flows.tell(clerk.flow_id, "late"))
+    if how is not None:
+        lives.restart(how)
+
+    assert (report.code, report.kept) == ("kept", True)
+    assert clerk.got() == [None, "late"]
+
+
+@IN_MEMORY
+def test_who_asks_a_clerk_whose_patience_no_timer_has_ended_yet_is_answered_in_his_next_turn(
+    lives: Lives,
+) -> None:
+    clerk = Impatient(lives)
+    lives.world.clock.shift_ms += 61_000
+
+    asking = clerk.asking("late")
+
+    assert clerk.got() == [None, "late"]
+    assert asking.result() == Succeeded({"heard": "late"})
 
 
 @IN_MEMORY

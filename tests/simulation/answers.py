@@ -334,7 +334,9 @@ def _told(call: Call, state: FlowState | None) -> set[str]:
         return {"late"}
     inbox = f"message:{call.args['inbox']}"
     waits = [task.wait for task in state.open_waits if task.wait and task.wait.inbox == inbox]
-    return _in_time(call, waits[0]) if waits else {"kept"}
+    # What is too late for one wait is for the flow all the same.
+    codes = set[str]().union(*(_in_time(call, wait) for wait in waits)) or {"late"}
+    return codes if "late" not in codes else (codes - {"late"}) | {"kept"}
 
 
 def _check_all_were_woken(world: World, call: Call, taken: Iterable[Any]) -> None:

@@ -436,7 +436,7 @@ def test_a_message_comes_in_its_envelope() -> None:
 
 @pytest.mark.parametrize("on_timeout", [OnTimeout.FAIL, OnTimeout.RESUME])
 @pytest.mark.parametrize(("after", "is_late"), [(-1, False), (0, True), (1, True)])
-@pytest.mark.parametrize("whose", ["step", "flow", "letter", "message"])
+@pytest.mark.parametrize("whose", ["step", "flow", "letter"])
 def test_an_answer_at_the_deadline_or_after_it_is_late_also_before_the_tick(
     on_timeout: OnTimeout, after: int, is_late: bool, whose: str
 ) -> None:
@@ -445,13 +445,11 @@ def test_an_answer_at_the_deadline_or_after_it_is_late_also_before_the_tick(
     if whose == "flow":
         play(view, set_waiting(view, **fields))
     else:
-        inbox = a_wait_draft("in", WaitKind.MESSAGE, **fields)
-        play(view, stand_in(a_wait_draft("a", **fields), inbox))
+        play(view, stand_in(a_wait_draft("a", **fields)))
     commands: dict[str, c.Command] = {
         "step": c.Deliver(task_id="a", payload=FITS),
         "flow": c.Deliver(task_id="", payload=FITS),
         "letter": addressed("a", FITS),
-        "message": told(FITS),
     }
     view.now = NOW + after
 
@@ -460,6 +458,36 @@ def test_an_answer_at_the_deadline_or_after_it_is_late_also_before_the_tick(
     else:
         play(view, commands[whose])
         assert flow_of(view).status in (RUNNING, QUEUED)
+
+
+@pytest.mark.parametrize("on_timeout", [OnTimeout.FAIL, OnTimeout.RESUME])
+@pytest.mark.parametrize(("after", "is_kept"), [(-1, False), (0, True), (1, True)])
+@pytest.mark.parametrize("wants_reply", EITHER)
+def test_a_message_too_late_for_the_wait_that_is_open_is_kept_for_the_next(
+    on_timeout: OnTimeout, after: int, is_kept: bool, wants_reply: bool
+) -> None:
+    fields: dict[str, Any] = {"deadline_at": NOW, "on_timeout": on_timeout}
+    view = a_telling_view(a_flow(RUNNING), driven=True, now=NOW - SECOND)
+    play(view, stand_in(a_wait_draft("first", WaitKind.MESSAGE, inbox="in", **fields)))
+
+    view.now = NOW + after
+    turn = play(view, told(FITS, wants_reply=wants_reply))
+    assert (turn.tasks.get("FIRST") is None) == is_kept
+    tick(view, NOW + SECOND)
+    after_it = play(view, stand_in(a_wait_draft("next", WaitKind.MESSAGE, inbox="in")))
+
+    assert (after_it.tasks["NEXT"].ended_at is not None) == is_kept
+
+
+def test_a_message_too_late_for_one_wait_is_taken_by_another_that_is_open() -> None:
+    view = a_telling_view(a_flow(RUNNING), driven=True, now=NOW - SECOND)
+    overdue = a_wait_draft("overdue", WaitKind.MESSAGE, inbox="in", deadline_at=NOW)
+    play(view, stand_in(overdue, a_wait_draft("open", WaitKind.MESSAGE, inbox="in")))
+
+    turn = play(view, told(FITS), at=NOW)
+
+    assert turn.tasks["OPEN"].ended_at == NOW
+    assert "OVERDUE" not in turn.tasks
 
 
 @pytest.mark.parametrize("ticked", EITHER)

@@ -191,15 +191,15 @@ def tell(view: View, command: c.Tell) -> Answer:
         return defect_refusal(draft.input_json)
     letter, fact = make_task(flow, draft, view.now)
     inbox = draft.letter.inbox
-    waiting = [
-        t for t in view.children.open_waits() if t.wait is not None and t.wait.inbox == inbox
-    ]
-    if not waiting:
-        return _keep(view, letter, fact, step=command.step)
-    assert waiting[0].wait is not None
-    if refused := _unfit(view, waiting[0].wait, letter.input_json):
-        return refused
-    return _hand_over(view, letter, waiting[0], (fact,), cause=draft.run_id)
+    for task in view.children.open_waits():
+        if task.wait is None or task.wait.inbox != inbox:
+            continue
+        if command.step is None and _is_over(task.wait, view.now):
+            continue  # a message is for the flow: what comes too late for this wait is for the next
+        if refused := _unfit(view, task.wait, letter.input_json):
+            return refused
+        return _hand_over(view, letter, task, (fact,), cause=draft.run_id)
+    return _keep(view, letter, fact, step=command.step)
 
 
 def _keep(view: View, letter: StoredTask, fact: Fact, *, step: str | None) -> Answer:
