@@ -595,7 +595,8 @@ def check_stands(flow: FlowRows) -> None:
     for column, name in (("wait_key", "waitKey"), ("wait_token", "waitToken")):
         assert flow.row[column] == doc.get(name), f"{flow.name}: column {column} does not fit"
     if own is not None:
-        digest = token_digest_of(own["token"])
+        # One from before the tokens of a flow began alike has no beginning.
+        digest = token_digest_of(own["token"].partition(".")[0])
         assert doc.get("waitToken") == digest, f"{flow.name}: the digest of its token does not fit"
         assert status in ("waiting", "blocked"), f"{flow.name} is {status}, and has a wait"
         assert not awaiting, f"{flow.name} stands in two waits"

@@ -78,7 +78,11 @@ async def _find_token(
     wanted = arguments.lookup(token, "token")
     if wanted is None:
         return None
-    found = await core.engine.store.find_token(wait_keys.token_digest(wanted))
+    found = None
+    if "." in wanted:
+        found = await core.engine.store.find_token(wait_keys.place_digest(wanted))
+    if found is None or found[1] is not None:
+        found = await core.engine.store.find_token(wait_keys.token_digest(wanted))
     if found is None or owner not in (None, found[0].owner_key):
         return None
     return found

@@ -11,7 +11,7 @@ from msgspec import UNSET, Raw, UnsetType
 from flowstead.engine.engine import Engine
 from flowstead.model.code import Code
 from flowstead.model.command import Defect, Encoded
-from flowstead.model.flow import Json
+from flowstead.model.flow import FlowKey, Json
 from flowstead.model.wait import OnTimeout, Wait, WaitKind
 from flowstead.rules import shapes, wait_keys
 from flowstead.store import codec
@@ -19,9 +19,7 @@ from flowstead.store import codec
 _ON_TIMEOUT = ", ".join(OnTimeout)
 
 
-def own_wait(
-    engine: Engine, owner_key: str, wait_json: Encoded | UnsetType
-) -> Wait | Defect | None:
+def own_wait(engine: Engine, key: FlowKey, wait_json: Encoded | UnsetType) -> Wait | Defect | None:
     """How this wait is answered; None for no wait, a defect where a reserved field makes no sense."""
     if isinstance(wait_json, Defect):
         return wait_json
@@ -31,7 +29,7 @@ def own_wait(
         return None
     fields = given if isinstance(given, Mapping) else {}
     try:
-        return _wait(engine, owner_key, fields)
+        return _wait(engine, key, fields)
     except _Senseless as found:
         return Defect(Code.INVALID_STATE, f"wait_json{found} Nothing was written.")
 
@@ -40,7 +38,7 @@ class _Senseless(Exception):
     pass
 
 
-def _wait(engine: Engine, owner_key: str, fields: Mapping[Any, Json]) -> Wait:
+def _wait(engine: Engine, key: FlowKey, fields: Mapping[Any, Json]) -> Wait:
     wake_at, deadline_at = _instant(fields, "wakeAt"), _instant(fields, "deadlineAt")
     if wake_at is not None and deadline_at is not None:
         raise _Senseless(' has both "wakeAt" and "deadlineAt".')
@@ -53,8 +51,8 @@ def _wait(engine: Engine, owner_key: str, fields: Mapping[Any, Json]) -> Wait:
     plain = wait_keys.plain_fields(fields)
     return Wait(
         kind=WaitKind.SIGNAL,
-        wait_key=None if plain is None else wait_keys.wait_key(owner_key, plain),
-        token=engine.ids.token(),
+        wait_key=None if plain is None else wait_keys.wait_key(key.owner_key, plain),
+        token=wait_keys.own_token(key.owner_key, key.flow_id, engine.ids.token()),
         prompt=prompt,
         schema=_schema(fields.get("schema")),
         deadline_at=deadline_at if wake_at is None else wake_at,

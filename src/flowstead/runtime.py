@@ -216,7 +216,8 @@ class Runtime:
     ) -> SignalReport:
         """Answer the wait that a token stands for, without knowing its flow or owner: whoever has the token may.
 
-        For webhooks and links in mail. A token answers once; one with an `id` may be sent again, and is told so.
+        For webhooks and links in mail. A token answers once, and is `late` ever after; one with an `id` may be sent
+        again, and is told that it is a `duplicate`, whatever its flow waits for by then.
         Cancelling the caller does not take the answer back.
 
         Raises:

@@ -35,7 +35,7 @@ from flowstead.model.flow import (
 )
 from flowstead.own_wait import own_wait
 from flowstead.results import Applied, Rejected, error_for, raise_refusal
-from flowstead.rules.wait_keys import token_digest_of
+from flowstead.rules.wait_keys import place_digest_of
 from flowstead.session_tasks import SessionTasks, flow_in, present
 from flowstead.store import codec
 
@@ -110,12 +110,13 @@ class SessionFlows(SessionTasks):
         given = None if flow_id is None else arguments.identifier(flow_id, "flow_id")
         standing = arguments.choice(status, FlowStatus, "status", _CREATABLE)
         waited_for = self._encode_wait(wait_json)
-        wait = own_wait(engine, self._session_key, waited_for) if standing in _STANDING else None
+        key = FlowKey(self._session_key, given or engine.ids.flow_id(controller, now))
+        wait = own_wait(engine, key, waited_for) if standing in _STANDING else None
         if isinstance(wait, Defect):
             raise error_for(Code(wait.code), wait.reason)
         draft = StoredFlow(
             key=engine.store.next_key(),
-            flow_id=given or engine.ids.flow_id(controller, now),
+            flow_id=key.flow_id,
             sync_mode=SyncMode.MANAGED,
             owner_key=self._session_key,
             requester_origin=self._usable(self._origin),
@@ -131,7 +132,7 @@ class SessionFlows(SessionTasks):
             wait_json=self._usable(waited_for),
             wait=wait,
             wait_key=None if wait is None else wait.wait_key,
-            wait_token=token_digest_of(wait),
+            wait_token=place_digest_of(wait),
             idempotency_key=arguments.optional_text(idempotency_key, "idempotency_key"),
             created_at=now,
             updated_at=now,
@@ -177,7 +178,8 @@ class SessionFlows(SessionTasks):
             blocked_task_id, blocked_summary: Who or what needs attention, and why, for people.
         """
         encoded = self._encoded_or_null(wait_json)
-        wait = own_wait(self._core.enter(), self._session_key, encoded)
+        named = FlowKey(self._session_key, arguments.lookup(flow_id, "flow_id") or "")
+        wait = own_wait(self._core.enter(), named, encoded)
         command = SetWaiting(
             expected_revision=arguments.revision(expected_revision),
             patch=self._patch(current_step, state_json),

@@ -299,18 +299,7 @@ def _check_ack(found: Found, spec: dict[str, Any], ack: dict[str, Any]) -> None:
         assert said == right, f"acknowledged, but lost: {spec} was answered, now {letter.doc}"
     else:
         assert code in NOT_TAKEN, f"{spec} was answered {code}"
-        if code == "not_found" and ack["again"] and _is_forgotten(found, spec):
-            return
         assert not answers and not letters, f"{spec} was turned away as {code}, and has come out"
-
-
-def _is_forgotten(found: Found, spec: dict[str, Any]) -> bool:
-    """Whether a token is unknown because the flow has waited for something else since it was used."""
-    own = [answer for answer in found.answers[spec["payload"]["n"]] if answer.task is None]
-    if spec["form"] != "token" or not own:
-        return False
-    token = invariants.token_digest_of(spec["token"])
-    return found.flows[own[0].flow_id].row["wait_token"] != token
 
 
 def _check_vote(found: Found, ack: dict[str, Any]) -> None:

@@ -234,10 +234,42 @@ def test_each_wait_of_a_flow_has_another_token_and_the_old_one_never_answers_the
     report = answered(lives, old, 1)
 
     assert old != new
-    assert report.matched == 0
-    assert report.code in ("late", "not_found")
+    assert codes(report) == LATE
     assert lives.flow(flow_id).status == "waiting"
     assert answered(lives, new, 2).matched == 1
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("next_json", [{"thread": 2}, None])
+def test_a_token_that_was_used_with_an_id_is_known_when_the_flow_waits_for_the_next_thing(
+    lives: Lives, how: str | None, next_json: Any
+) -> None:
+    flow_id = own_wait(lives, thread=1)
+    used = token_of(lives, flow_id)
+    first = answered(lives, used, 1, id="hook-1")
+    lives.play(lives.flows.set_waiting(flow_id=flow_id, expected_revision=2, wait_json=next_json))
+    if how is not None:
+        reopened(lives, how)
+
+    again = [answered(lives, used, 1, id="hook-1"), signalled(lives, 1, token=used, id="hook-1")]
+
+    assert codes(first) == ("matched", 1, False, [flow_id])
+    assert [codes(report) for report in again] == [("duplicate", 0, False, [])] * 2
+    assert codes(answered(lives, used, 2, id="hook-2")) == codes(answered(lives, used, 2)) == LATE
+    assert lives.flow(flow_id).revision == 3
+    assert len(open_waits(lives)) == (next_json is not None)
+
+
+def test_what_somebody_makes_of_a_token_answers_nothing(lives: Lives) -> None:
+    flow_id = own_wait(lives, thread=1)
+    token = token_of(lives, flow_id)
+    place, _, secret = token.partition(".")
+
+    made_up = [place, f"{place}.", f".{secret}", secret, f"{token}x", f"{place}.{secret}.x"]
+
+    assert secret and all(answered(lives, one, 1).matched == 0 for one in made_up)
+    check_waits_on(lives.flow(flow_id))
+    assert codes(answered(lives, token, 1))[0] == "matched"
 
 
 class LateLook(MemoryStore):

@@ -295,8 +295,7 @@ def _by_token(world: World, call: Call, at: int) -> set[str]:
         for state, since in zip(log.states, log.positions, strict=True)
         if since <= at
     )
-    # Of its own waits a flow remembers the last.
-    return {"late", "not_found"} if was_one else {"not_found"}
+    return {"late"} if was_one else {"not_found"}
 
 
 def _when_open(call: Call, state: FlowState, wait: WaitState) -> set[str]:

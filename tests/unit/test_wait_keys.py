@@ -14,6 +14,8 @@ from msgspec import UNSET, Raw
 from flowstead.model.wait import RESERVED
 from flowstead.rules.wait_keys import (
     number_in,
+    own_token,
+    place_digest,
     plain_fields,
     token_digest,
     wait_key,
@@ -145,6 +147,16 @@ def test_a_token_is_found_by_its_digest_and_the_digest_is_not_the_token() -> Non
     assert token_digest("a") == token_digest("a")
     assert "token" not in token_digest("token")
     assert len(token_digest("")) == 64
+
+
+def test_the_tokens_of_a_flow_lead_to_it_and_those_of_others_to_others() -> None:
+    one, next_one = (own_token("alice", "flow", secret) for secret in ("secret", "se.cret"))
+    others = [own_token(*of, "secret") for of in (("bob", "flow"), ("alice", "flo"), ("a", "b"))]
+
+    assert place_digest(one) == place_digest(next_one)
+    assert token_digest(one) != token_digest(next_one)
+    assert len({place_digest(token) for token in (one, *others)}) == 4
+    assert place_digest("from before") == token_digest("from before")
 
 
 @pytest.mark.parametrize("value", [0, 1, 2**53 - 1])

@@ -112,11 +112,11 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
     nested one, and `root_id` is the id of the topmost.
 
     `wait` is how the flow's own wait is answered, `wait_key` the digest of that or of the last one, and
-    `wait_token` that of its token. `awaiting` is what its controller stands in: groups of children, of which the
-    first to end wakes it; in those that are `selecting` as well it withdraws the others. Until `park_at` is cleared
-    the controller may still be in memory, and has to be entered again if it is not. `content_revision` is the
-    revision at which somebody else than the controller last changed the content, and `grants` are what approvals
-    allow.
+    `wait_token` that of what the tokens of its own waits begin with. `awaiting` is what its controller stands in:
+    groups of children, of which the first to end wakes it; in those that are `selecting` as well it withdraws the
+    others. Until `park_at` is cleared the controller may still be in memory, and has to be entered again if it is
+    not. `content_revision` is the revision at which somebody else than the controller last changed the content, and
+    `grants` are what approvals allow.
     """
 
     key: Whole
@@ -141,6 +141,13 @@ class StoredFlow(Flow, frozen=True, kw_only=True, rename="camel", omit_defaults=
 def has_ended(flow: Flow) -> bool:
     """Whether the flow is final. The one predicate for it."""
     return flow.ended_at is not None
+
+
+def waits_itself(flow: StoredFlow) -> bool:
+    """Whether a flow that stands still waits for something by itself: not in its children, nor for nothing."""
+    if flow.awaiting or flow.wait_json is msgspec.UNSET:
+        return False
+    return flow.wait is not None or flow.wait_key is not None
 
 
 class FlowKey(msgspec.Struct, frozen=True, order=True, gc=False):

@@ -43,7 +43,7 @@ from flowstead.rules.view import (
     enter_controller,
     start_cancel,
 )
-from flowstead.rules.wait_keys import token_digest_of
+from flowstead.rules.wait_keys import place_digest_of
 from flowstead.rules.waits import NEVER_PARKED, may_be_in_memory
 
 
@@ -103,7 +103,8 @@ def _set_waiting(view: View, command: c.SetWaiting) -> Answer:
         wait_json=command.wait_json,
         wait=command.wait,
         wait_key=None if command.wait is None else command.wait.wait_key,
-        wait_token=token_digest_of(command.wait),
+        # Kept where nothing is to be answered: those that were given lead here all the same.
+        wait_token=place_digest_of(command.wait) or flow.wait_token,
         awaiting=(),
         selecting=(),
         park_at=None,

@@ -45,6 +45,22 @@ def wait_key_in(owner_key: str, wait_json: Raw | UnsetType) -> str | None:
     return None if fields is None else wait_key(owner_key, fields)
 
 
+def own_token(owner_key: str, flow_id: str, secret: str) -> str:
+    """A token for a wait of the flow itself. All of one flow begin alike, so that each leads to it for good."""
+    place = sha256(_canonical([owner_key, flow_id])).hexdigest()[:32]
+    return f"{place}.{secret}"
+
+
+def place_digest(token: str) -> str:
+    """What an index holds of a token of the flow itself; one from before they began alike is all of it."""
+    return token_digest(token.partition(".")[0])
+
+
+def place_digest_of(wait: Wait | None) -> str | None:
+    """What an index holds of the token of a flow's own wait, if it has one."""
+    return None if wait is None or wait.token is None else place_digest(wait.token)
+
+
 def token_digest(token: str) -> str:
     """What is kept in an index of a token, so that the index alone does not give it away."""
     return sha256(token.encode()).hexdigest()

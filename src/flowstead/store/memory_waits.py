@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, TypeVar
 
-from msgspec import UNSET
-
 from flowstead.errors import SnapshotUnreadable, WriteConflict
-from flowstead.model.flow import FlowKey, StoredFlow
+from flowstead.model.flow import FlowKey, StoredFlow, waits_itself
 from flowstead.model.signal import StoredSignal
 from flowstead.model.task import StoredTask
 from flowstead.model.update import PROGRESS, StoredUpdate, Update, UpdateStatus
@@ -279,7 +277,7 @@ def _open_wait(row: FlowRow | TaskRow) -> StoredFlow | StoredTask | None:
     if isinstance(row, TaskRow):
         return codec.read_stored_task(row.doc.encode())
     flow = codec.read_stored_flow(row.doc.encode())
-    return None if flow.awaiting or flow.wait_json is UNSET else flow
+    return flow if waits_itself(flow) else None
 
 
 def _readable(rows: Iterable[R], read: Callable[[R], T], limit: int) -> list[T]:

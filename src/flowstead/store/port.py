@@ -233,7 +233,8 @@ class Store(Protocol):
     async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:
         """The flow with the wait that a token answers, open or not, and the child that stands for the wait, if any.
 
-        The token is named by its digest (`rules.wait_keys.token_digest`).
+        The token is named by its digest (`rules.wait_keys.token_digest`), one of a flow's own wait by that of its
+        beginning (`place_digest`).
         """
         ...
 

@@ -11,10 +11,8 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, Final
 
-from msgspec import UNSET
-
 from flowstead.errors import SnapshotUnreadable
-from flowstead.model.flow import FlowKey, StoredFlow
+from flowstead.model.flow import FlowKey, StoredFlow, waits_itself
 from flowstead.model.signal import StoredSignal
 from flowstead.model.task import StoredTask
 from flowstead.store import codec
@@ -218,7 +216,7 @@ def _open_flow(connection: sqlite3.Connection, key: int) -> StoredFlow | None:
     if row[6] not in _WAITS or row[10:12] == (None, None):
         raise SnapshotUnreadable(f"row {key}", "its index leads to another row")
     flow = stored_flow(*row)
-    return None if flow.awaiting or flow.wait_json is UNSET else flow
+    return flow if waits_itself(flow) else None
 
 
 def _open_task(connection: sqlite3.Connection, scope: Scope, key: int) -> StoredTask:

@@ -478,6 +478,19 @@ class Waits(StoreFixtures):
         assert await store.find_token(token_digest("one")) == (FlowKey("bob", "own"), None)
         assert await store.find_token(token_digest("two")) == (FlowKey("alice", "of-child"), "wait")
 
+    async def test_a_flow_that_waits_for_nothing_is_found_by_its_token_and_not_listed(
+        self, store: Store
+    ) -> None:
+        """What it once gave leads to it; there is nothing to answer."""
+        flow = await put_waiting(store, token="one")
+        idle = replace(flow, revision=2, wait_json=Raw(b"null"), wait=None, wait_key=None)
+        await store.commit([changes(idle, seqs=[2])])
+
+        assert await store.find_token(token_digest("one")) == (FlowKey("alice", "flow"), None)
+        for scope, flow_id in ((EVERYONE, None), (ALICE, None), (ALICE, "flow")):
+            listed = await store.list_open_waits(scope, flow_id=flow_id, after_key=0, limit=9)
+            assert listed == []
+
     async def test_what_is_no_token_finds_nothing(self, store: Store) -> None:
         """Only the digest does: neither the token itself, nor a part, nor a key."""
         await put_waiting(store, token="secret")
