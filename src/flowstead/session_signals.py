@@ -56,7 +56,8 @@ class SessionSignals(ScopedVerbs):
         whoever has waited for them before. To a step of a flow it is kept until the step is opened, which happens
         once: then it is `late`, as it is for a token that was used and for a flow that has ended or is to be
         cancelled. By key only one that is not to be kept is ever late: where all that have waited have ended. One
-        with an `id` counts once, restarts included. Cancelling the caller does not take the signal back.
+        with an `id` counts once, restarts included. One that was kept and does not fit the shape that is
+        asked for is put aside, and its id is free again. Cancelling the caller does not take the signal back.
 
         Args:
             payload: The answer, any JSON.

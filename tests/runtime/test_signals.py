@@ -109,6 +109,22 @@ def test_a_kept_signal_expires_and_then_answers_nothing(lives: Lives) -> None:
     check_waits_on(lives.flow(too_late), kind="brief2")
 
 
+async def test_signals_that_have_expired_are_put_aside_by_the_next_look_at_their_key() -> None:
+    store, clock = MemoryStore(), ManualClock()
+    async with open_runtime(store, clock=clock) as runtime:
+        flows = bound(runtime)
+        for number in range(300):
+            await flows.signal(payload=number, key=KEY, lifetime=30.0, id=f"s-{number}")
+        clock.advance(30)
+
+        now = await flows.signal(key=KEY, lifetime=None)
+        again = await flows.signal(key=KEY, id="s-0")
+        kept = await flows.signal(key=KEY)
+
+    assert [report.code for report in (now, again, kept)] == ["unawaited", "duplicate", "kept"]
+    assert [row.kept for row in store.tables.signals.values()] == [False] * 300 + [True]
+
+
 def test_the_lifetime_of_early_signals_is_a_limit_of_the_runtime(lives: Lives) -> None:
     lives.limits = Limits(signal_lifetime=60.0)
 

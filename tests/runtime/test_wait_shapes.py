@@ -106,6 +106,19 @@ def test_an_early_signal_of_the_wrong_shape_is_put_aside_and_the_next_is_tried(
     assert answer_in(lives, next_one) == {"items": [9]}
 
 
+def test_an_early_signal_that_was_turned_away_may_be_sent_again_as_it_should_be(
+    lives: Lives,
+) -> None:
+    assert signalled(lives, "wrong", id="mail-1").kept
+    assert signalled(lives, GOOD, id="mail-1").code == "duplicate"
+
+    flow_id = waiting(lives, schema=ORDER)
+
+    assert signalled(lives, GOOD, id="mail-1").code == "matched"
+    assert signalled(lives, GOOD, id="mail-1").code == "duplicate"
+    assert answer_in(lives, flow_id) == GOOD
+
+
 def test_an_early_addressed_signal_of_the_wrong_shape_is_put_aside_as_failed(lives: Lives) -> None:
     async def later(flow: FlowContext) -> None:
         await flow.wait("first")

@@ -156,7 +156,7 @@ class Desk:
 
     async def _arrive(self, signal: Signal) -> Receipt:
         while True:
-            found = await self._look_up(signal.owner_key, signal.wait_key, signal.signal_id)
+            found = await self._find(signal.owner_key, signal.wait_key, signal.signal_id)
             if found.is_known:
                 return Receipt(
                     code=SignalCode.DUPLICATE, reason="A signal with this id was taken in already."
@@ -221,11 +221,11 @@ class Desk:
         # Waits that are opened from now on may be missed by what is read below.
         self._to_see_to.discard((owner_key, wait_key))
         try:
-            found = await self._look_up(owner_key, wait_key, None, only_kept=True)
+            found = await self._find(owner_key, wait_key, None, only_kept=True)
             while found.waiting and found.kept is not None:
                 if not await self._hand_over(found.kept, found.waiting):
                     return
-                found = await self._look_up(owner_key, wait_key, None, only_kept=True)
+                found = await self._find(owner_key, wait_key, None, only_kept=True)
         except Exception as error:
             log.warning("signal.not_handed_over", reason=str(error))
             again = partial(self.opened, FlowKey(owner_key, ""), wait_key)
@@ -240,12 +240,21 @@ class Desk:
         if receipt is None or receipt.code is SignalCode.LATE:
             return False
         if receipt.code is SignalCode.WRONG_SHAPE:
-            # Whoever sent it has gone; it must not stand in the way of a better one.
-            log.warning("signal.turned_away", flow_id=flows[0].flow_id, reason=receipt.reason)
-            refused = msgspec.structs.replace(kept, taken_by="")
-            row = codec.signal_row(refused, fresh=False)
-            await write_alone(self._committer, FlowWrite(None, (), (), (row,)))
+            # Whoever sent it has gone; it must not stand in the way of a better one, nor keep its id from it.
+            log.warning(
+                "signal.turned_away",
+                flow_id=flows[0].flow_id,
+                signal_id=kept.signal_id,
+                reason=receipt.reason,
+            )
+            await self._put_aside([msgspec.structs.replace(kept, signal_id=None)])
         return True
+
+    async def _put_aside(self, kept: Sequence[StoredSignal]) -> None:
+        """Write that these are kept no more, and that nobody has taken them."""
+        gone = [msgspec.structs.replace(signal, taken_by="") for signal in kept]
+        rows = tuple(codec.signal_row(signal, fresh=False) for signal in gone)
+        await write_alone(self._committer, FlowWrite(None, (), (), rows))
 
     async def recover(self) -> None:
         """Hand over what a crash has left unmatched."""
@@ -342,6 +351,16 @@ class Desk:
             return refused
 
     # ---- looking up -------------------------------------------------------------------------------
+
+    async def _find(
+        self, owner_key: str, wait_key: str, signal_id: str | None, *, only_kept: bool = False
+    ) -> WaitsFound:
+        """Who waits and what is kept, once what has expired is out of the way of this look and of all to come."""
+        while True:
+            found = await self._look_up(owner_key, wait_key, signal_id, only_kept=only_kept)
+            if not found.expired:
+                return found
+            await self._put_aside(found.expired)
 
     def _look_up(
         self, owner_key: str, wait_key: str, signal_id: str | None, *, only_kept: bool = False

@@ -16,7 +16,8 @@ class StoredSignal(
     """A signal as the runtime keeps it: one that nobody waited for yet, or one whose id must not count twice.
 
     `wait_key` says what it answers, `signal_id` is the sender's own id for it. `taken_by` names a flow that it was
-    handed to, once it was; it is empty where a signal was turned away.
+    handed to, once it was; it is empty where a signal has expired, or was turned away: that one has lost its id, so
+    that a better one may have it.
     """
 
     key: Whole

@@ -16,7 +16,7 @@ from flowstead.model.update import PROGRESS, StoredUpdate, Update, UpdateStatus
 from flowstead.store import codec
 from flowstead.store.codec import FlowRow, SignalRow, TaskRow, UpdateRow
 from flowstead.store.memory_tables import MemoryTables, Transaction
-from flowstead.store.port import Scope, WaitLookup, WaitsFound
+from flowstead.store.port import MOST_EXPIRED, Scope, WaitLookup, WaitsFound
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -60,6 +60,8 @@ class MemoryWaits:
             stored = tables.signals.get(row.key)
             if stored is None or not stored.kept:
                 raise WriteConflict("A kept signal was taken already.")
+            if stored.signal_id is not None and row.signal_id is None:
+                transaction.drop(tables.signal_ids, (row.owner_key, stored.signal_id))
             transaction.put(tables.signals, row.key, row)
         if row.kept:
             transaction.put(kept, row.key, None)
@@ -110,20 +112,41 @@ class MemoryWaits:
 
     def _look_up(self, asked: WaitLookup) -> WaitsFound:
         is_known = (asked.owner_key, asked.signal_id) in self.tables.signal_ids
-        kept = self._kept(asked.owner_key, asked.wait_key, asked.now)
-        if asked.only_kept and not kept:
+        kept, expired = self._oldest_kept(asked.owner_key, asked.wait_key, asked.now)
+        if asked.only_kept and kept is None:
             return WaitsFound(
-                is_known=is_known, waiting=[], kept=None, was_awaited=False, is_live=False
+                is_known=is_known,
+                waiting=[],
+                kept=None,
+                was_awaited=False,
+                is_live=False,
+                expired=expired,
             )
         rows = self._of_key(asked.owner_key, asked.wait_key)
         waiting = self._waiting(asked.owner_key, asked.wait_key)
         return WaitsFound(
             is_known=is_known,
             waiting=[FlowKey(row.owner_key, row.flow_id) for row in waiting],
-            kept=next(iter(_readable(kept, _signal, 1)), None),
+            kept=kept,
             was_awaited=bool(rows),
             is_live=any(row.ended_at is None for row in rows),
+            expired=expired,
         )
+
+    def _oldest_kept(
+        self, owner_key: str, wait_key: str, now: int
+    ) -> tuple[StoredSignal | None, list[StoredSignal]]:
+        """The oldest signal on a key that has not expired, and those before it that have."""
+        expired: list[StoredSignal] = []
+        for key in sorted(self.tables.kept.get(wait_key, ())):
+            row = self.tables.signals[key]
+            if row.owner_key != owner_key or len(expired) == MOST_EXPIRED:
+                continue
+            for signal in _readable([row], _signal, 1):
+                if signal.expires_at is not None and signal.expires_at > now:
+                    return signal, expired
+                expired.append(signal)
+        return None, expired
 
     def _of_key(self, owner_key: str, wait_key: str) -> list[FlowRow]:
         """The flows of an owner that have ever waited for a key, or have a child that did."""

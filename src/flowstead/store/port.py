@@ -11,7 +11,7 @@ the order of commits.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -30,6 +30,8 @@ class Scope(msgspec.Struct, frozen=True):
 
 
 EVERYONE = Scope(None)
+MOST_EXPIRED: Final = 256
+"""How many expired signals a look at a key answers."""
 
 
 class FlowQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +91,8 @@ class WaitsFound(msgspec.Struct, frozen=True, kw_only=True):
 
     `is_known` says that a signal with this id is on record. `waiting` names the flows with an open wait on the key,
     each once, oldest first: those that wait or are blocked by it themselves, and those with a queued child that
-    does. `kept` is the oldest signal on the key that nobody took and that has not expired. `was_awaited` says that
+    does. `kept` is the oldest signal on the key that nobody took and that has not expired; of older ones that have,
+    `expired` has the first, and where those are many `kept` is None. `was_awaited` says that
     the key was ever waited for, `is_live` that a flow which did so has not ended.
     """
 
@@ -98,6 +101,7 @@ class WaitsFound(msgspec.Struct, frozen=True, kw_only=True):
     kept: StoredSignal | None
     was_awaited: bool
     is_live: bool
+    expired: Sequence[StoredSignal] = ()
 
 
 class Store(Protocol):

@@ -16,8 +16,8 @@ from flowstead.model.flow import FlowKey, StoredFlow, waits_itself
 from flowstead.model.signal import StoredSignal
 from flowstead.model.task import StoredTask
 from flowstead.store import codec
-from flowstead.store.port import Scope, WaitLookup, WaitsFound
-from flowstead.store.sqlite_reads import FLOW, TASK, key_of, readable, text_of
+from flowstead.store.port import MOST_EXPIRED, Scope, WaitLookup, WaitsFound
+from flowstead.store.sqlite_reads import FLOW, TASK, key_of, text_of
 from flowstead.store.sqlite_writes import roll_back
 
 SIGNAL: Final = "s.key, s.owner_key, s.wait_key, s.signal_id, s.kept, s.expires_at, s.doc, s.crc"
@@ -32,7 +32,7 @@ _WAITING: Final = (
 )
 _KEPT: Final = (
     "SELECT " + SIGNAL + " FROM signals AS s INDEXED BY signals_kept"
-    " WHERE s.wait_key = ? AND s.kept = 1 AND s.owner_key = ? AND s.expires_at > ? ORDER BY s.key"
+    " WHERE s.wait_key = ? AND s.kept = 1 AND s.owner_key = ? ORDER BY s.key"
 )
 _OF_FLOWS: Final = (
     "EXISTS (SELECT 1 FROM flows AS f INDEXED BY flows_by_wait"
@@ -119,10 +119,15 @@ def _look_up(connection: sqlite3.Connection, asked: WaitLookup) -> WaitsFound:
         known = connection.execute(_KNOWN, (asked.owner_key, asked.signal_id)).fetchone()
         is_known = known is not None
     named = asked.wait_key, asked.owner_key
-    kept = readable(connection.execute(_KEPT, (*named, asked.now)), stored_signal, 1)
-    if asked.only_kept and not kept:
+    kept, expired = _kept(connection, named, asked.now)
+    if asked.only_kept and kept is None:
         return WaitsFound(
-            is_known=is_known, waiting=[], kept=None, was_awaited=False, is_live=False
+            is_known=is_known,
+            waiting=[],
+            kept=None,
+            was_awaited=False,
+            is_live=False,
+            expired=expired,
         )
     rows = connection.execute(_WAITING, named).fetchall()
     was_awaited = is_live = bool(rows)
@@ -131,10 +136,31 @@ def _look_up(connection: sqlite3.Connection, asked: WaitLookup) -> WaitsFound:
     return WaitsFound(
         is_known=is_known,
         waiting=[FlowKey(asked.owner_key, text_of(flow_id)) for _, flow_id in rows],
-        kept=kept[0] if kept else None,
+        kept=kept,
         was_awaited=was_awaited,
         is_live=is_live,
+        expired=expired,
     )
+
+
+def _kept(
+    connection: sqlite3.Connection, named: tuple[str, str], now: int
+) -> tuple[StoredSignal | None, list[StoredSignal]]:
+    """The oldest signal on a key that has not expired, and those before it that have, so many at a time."""
+    expired: list[StoredSignal] = []
+    rows = connection.execute(_KEPT, named)
+    try:
+        while len(expired) < MOST_EXPIRED and (row := rows.fetchone()) is not None:
+            try:
+                signal = stored_signal(*row)
+            except SnapshotUnreadable:
+                continue
+            if signal.expires_at is not None and signal.expires_at > now:
+                return signal, expired
+            expired.append(signal)
+    finally:
+        rows.close()
+    return None, expired
 
 
 def has_kept_signals(connection: sqlite3.Connection) -> bool:

@@ -53,7 +53,9 @@ _UPDATE_TASK = (
 )
 _INSERT_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?)"
 _INSERT_SIGNAL = "INSERT INTO signals VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_TAKE_SIGNAL = "UPDATE signals SET kept = ?, doc = ?, crc = ? WHERE key = ? AND kept = 1"
+_TAKE_SIGNAL = (
+    "UPDATE signals SET kept = ?, signal_id = ?, doc = ?, crc = ? WHERE key = ? AND kept = 1"
+)
 _INSERT_UPDATE = "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _REPORT_UPDATE = (
     "UPDATE updates SET status = ?, due_at = ?, doc = ?, crc = ? WHERE key = ? AND version = ?"
@@ -174,7 +176,9 @@ class _Rows:
         signals = [row for write in writes for row in write.signals]
         self.new_signals = [(*row[:7], codec.signal_crc(row)) for row in signals if row.fresh]
         self.signals = [
-            (row.kept, row.doc, codec.signal_crc(row), row.key) for row in signals if not row.fresh
+            (row.kept, row.signal_id, row.doc, codec.signal_crc(row), row.key)
+            for row in signals
+            if not row.fresh
         ]
         self.updates = [row for write in writes for row in write.updates]
 

@@ -14,7 +14,7 @@ from flowstead.model.task import StoredTask, TaskStatus
 from flowstead.rules.wait_keys import token_digest
 from flowstead.store import codec
 from flowstead.store.codec import FlowWrite
-from flowstead.store.port import EVERYONE, Scope, Store, WaitLookup
+from flowstead.store.port import EVERYONE, MOST_EXPIRED, Scope, Store, WaitLookup
 from flowstead.testing.conformance.fixtures import MakeStore, StoreFixtures
 from flowstead.testing.conformance.isolation import STRANGERS
 from flowstead.testing.conformance.reads import found, ids, positions
@@ -283,9 +283,45 @@ class Waits(StoreFixtures):
         first = await put_signal(store, wait_key=KEY, expires_at=NOW + 10)
         second = await put_signal(store, wait_key=KEY, expires_at=NOW + 20)
 
-        kept = [(await found(store, KEY, now=NOW + after)).kept for after in (9, 10, 19, 20)]
+        answers = [await found(store, KEY, now=NOW + after) for after in (9, 10, 19, 20)]
 
-        assert [one and one.key for one in kept] == [first.key, second.key, second.key, None]
+        kept = [answer.kept and answer.kept.key for answer in answers]
+        expired = [[one.key for one in answer.expired] for answer in answers]
+        assert kept == [first.key, second.key, second.key, None]
+        assert expired == [[], [first.key], [first.key], [first.key, second.key]]
+
+    async def test_of_many_signals_that_have_expired_the_first_are_found_until_they_are_put_aside(
+        self, store: Store
+    ) -> None:
+        """So many at a time, only those of the owner; what is kept behind them is found after them."""
+        gone = [signal_of(store.next_key(), wait_key=KEY, expires_at=NOW) for _ in range(300)]
+        await store.commit([signals(*gone)])
+        await put_signal(store, wait_key=KEY, owner_key="bob", expires_at=NOW)
+        kept = await put_signal(store, wait_key=KEY, expires_at=NOW + 1)
+
+        for first, last in ((0, MOST_EXPIRED), (MOST_EXPIRED, 300)):
+            for only_kept in (False, True):
+                lookup = WaitLookup("alice", KEY, None, NOW, only_kept)
+                [answer] = await store.look_up_waits([lookup])
+                assert [one.key for one in answer.expired] == [one.key for one in gone[first:last]]
+                assert (answer.kept is None) == (last < 300)
+            aside = [replace(one, taken_by="") for one in answer.expired]
+            await store.commit([signals(*aside, fresh=False)])
+
+        answer = await found(store, KEY)
+        assert answer.kept is not None and answer.kept.key == kept.key
+        assert answer.expired == []
+
+    async def test_a_kept_signal_may_lose_its_id_and_another_have_it(self, store: Store) -> None:
+        """The id is not known then, until it is used again."""
+        signal = await put_signal(store, wait_key=KEY, signal_id="id")
+        await store.commit([signals(replace(signal, taken_by="", signal_id=None), fresh=False)])
+
+        assert not (await found(store, KEY, signal_id="id")).is_known
+        again = await put_signal(store, wait_key=KEY, signal_id="id")
+        answer = await found(store, KEY, signal_id="id")
+        assert answer.is_known and answer.kept is not None and answer.kept.key == again.key
+        assert await store.list_unreadable() == []
 
     async def test_a_signal_without_an_end_or_that_somebody_took_is_not_kept(
         self, store: Store
