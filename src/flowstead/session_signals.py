@@ -71,7 +71,7 @@ class SessionSignals(ScopedVerbs):
 
         Raises:
             InvalidState, StateTooLarge: The payload, or the key, is nothing JSON can hold, or too much of it.
-            MailboxFull: The flow has too much waiting. Nothing changed; try again.
+            MailboxFull: The flow has too much waiting, or `Limits.kept_signals` are kept. Nothing changed.
             CommitFailed: Certainly not written.
             OutcomeUnknown: Nobody knows; with an `id` it is safe to send again.
             ValueError, TypeError: It is not said what is answered, or an argument does not go with that.

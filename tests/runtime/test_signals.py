@@ -125,6 +125,35 @@ async def test_signals_that_have_expired_are_put_aside_by_the_next_look_at_their
     assert [row.kept for row in store.tables.signals.values()] == [False] * 300 + [True]
 
 
+async def test_no_more_signals_are_kept_for_an_owner_than_the_limit_allows(
+    store: Path | MemoryStore,
+) -> None:
+    clock, limits = ManualClock(), Limits(kept_signals=10)
+    async with open_runtime(store, clock=clock, limits=limits) as runtime:
+        flows = bound(runtime)
+        sent = await asyncio.gather(
+            *(flows.signal(n=n, lifetime=30.0 + n) for n in range(30)), return_exceptions=True
+        )
+        with pytest.raises(MailboxFull, match="10 signals"):
+            await flows.signal(n=0)
+        assert (await bound(runtime, STRANGER).signal(n=0)).kept
+        assert (await flows.signal(n=0, lifetime=None)).code == "unawaited"
+        clock.advance(30)
+        assert (await flows.signal(n=0)).kept
+
+    async with open_runtime(store, clock=clock, limits=limits, registry=registry_of()) as runtime:
+        flows = bound(runtime)
+        with pytest.raises(MailboxFull):
+            await flows.signal(n=0)
+        flow = await make(flows, controller_id="waits", state_json={"key": {"n": 1}})
+        await soon(flows.result(flow.flow_id))
+        assert (await flows.signal(n=0)).kept
+
+    refused = [one for one in sent if isinstance(one, MailboxFull)]
+    assert [one.code for one in sent if isinstance(one, SignalReport)] == ["kept"] * 10
+    assert len(refused) == 20
+
+
 def test_the_lifetime_of_early_signals_is_a_limit_of_the_runtime(lives: Lives) -> None:
     lives.limits = Limits(signal_lifetime=60.0)
 

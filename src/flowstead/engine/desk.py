@@ -24,6 +24,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from flowstead.engine.clock import Clock
 from flowstead.engine.committer import Committer
+from flowstead.engine.kept import Kept
 from flowstead.engine.lanes import Lanes
 from flowstead.engine.mailbox import Reply
 from flowstead.engine.unit import Unit
@@ -88,7 +89,7 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     actor: str = "session"
 
 
-class _Kept:
+class _Written:
     """Told when a row that belongs to no flow is written."""
 
     def __init__(self) -> None:
@@ -105,20 +106,23 @@ class _Kept:
 
 async def write_alone(committer: Committer, write: FlowWrite) -> None:
     """Have a write committed that belongs to no flow's turn."""
-    kept = _Kept()
-    committer.submit(write, kept)
-    await kept.done
+    written = _Written()
+    committer.submit(write, written)
+    await written.done
 
 
 class Desk:
     """Takes signals in; see above."""
 
-    def __init__(self, store: Store, committer: Committer, clock: Clock, post: Post) -> None:
+    def __init__(
+        self, store: Store, committer: Committer, clock: Clock, post: Post, *, most_kept: int
+    ) -> None:
         self._store = store
         self._committer = committer
         self._clock = clock
         self._post = post
         self._lanes = Lanes()
+        self._kept = Kept(store, clock, most_kept)
         # Of each flow the last that came and is not posted yet.
         self._unposted: dict[FlowKey, asyncio.Future[None]] = {}
         self._lookups: list[tuple[WaitLookup, asyncio.Future[WaitsFound]]] = []
@@ -139,6 +143,7 @@ class Desk:
         Cancelling the caller takes nothing back.
 
         Raises:
+            MailboxFull: As many are kept for its owner as may be. Nothing changed.
             CommitFailed: Certainly not written; safe to send again.
             OutcomeUnknown: Nobody knows; with an id it is safe to send again.
         """
@@ -187,8 +192,14 @@ class Desk:
                 return Receipt(code=SignalCode.LATE, reason=reason)
             return Receipt(code=SignalCode.UNAWAITED, reason="Nobody waits for this.")
         expires_at = self._clock.now() + round(signal.lifetime * 1000)
+        await self._kept.read()
+        self._kept.add(signal.owner_key, expires_at)
         row = codec.signal_row(self._stored(signal, expires_at=expires_at), fresh=True)
-        await write_alone(self._committer, FlowWrite(None, (), (), (row,)))
+        try:
+            await write_alone(self._committer, FlowWrite(None, (), (), (row,)))
+        except CommitFailed:
+            self._kept.remove(signal.owner_key, expires_at)
+            raise
         reason = "Nobody waits for this yet; it is kept."
         return Receipt(code=SignalCode.KEPT, reason=reason, expires_at=expires_at)
 
@@ -233,6 +244,7 @@ class Desk:
 
     async def _hand_over(self, kept: StoredSignal, flows: Sequence[FlowKey]) -> bool:
         """Give a kept signal to these flows; answers whether it is kept no more."""
+        await self._kept.read()
         taken = msgspec.structs.replace(kept, taken_by=flows[0].flow_id)
         command = Deliver(wait_key=kept.wait_key, payload=kept.payload, signal_id=kept.signal_id)
         rows = (codec.signal_row(taken, fresh=False),)
@@ -248,6 +260,7 @@ class Desk:
                 reason=receipt.reason,
             )
             await self._put_aside([msgspec.structs.replace(kept, signal_id=None)])
+        self._kept.remove(kept.owner_key, kept.expires_at or 0)
         return True
 
     async def _put_aside(self, kept: Sequence[StoredSignal]) -> None:
@@ -258,7 +271,7 @@ class Desk:
 
     async def recover(self) -> None:
         """Hand over what a crash has left unmatched."""
-        kept = await self._store.has_kept_signals()
+        kept = await self._kept.read()
         self._may_be_kept = kept or self._has_come
         if not kept:
             return

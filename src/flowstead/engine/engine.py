@@ -113,7 +113,7 @@ class Engine:
         self.committer = Committer(store, limits.batch, on_lost=self._lost)
         self._loader = Loader(store)
         self._timers = Timers(store, clock, self._tick)
-        self.desk = Desk(store, self.committer, clock, self.ask)
+        self.desk = Desk(store, self.committer, clock, self.ask, most_kept=limits.kept_signals)
         self.postman = (
             None
             if send is None

@@ -30,6 +30,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         park_seconds: How long a controller that waits stays in memory; then it leaves, and is entered again when
             it is woken.
         signal_lifetime: How long a signal that nobody waits for yet is kept.
+        kept_signals: Most signals by key of one owner that are kept; those that have expired do not count.
         messages: Most messages of one flow that nobody has taken yet.
         deliveries: Most updates being sent at once.
         delivery_seconds: How long a notifier may take over one update.
@@ -61,6 +62,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     abandon_after: float = 25.0
     park_seconds: float = 5.0
     signal_lifetime: float = 7 * 24 * 3600.0
+    kept_signals: int = 10_000
     messages: int = 10_000
     deliveries: int = 16
     delivery_seconds: float = 30.0

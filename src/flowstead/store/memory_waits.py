@@ -178,8 +178,10 @@ class MemoryWaits:
             if row.owner_key == owner_key and row.expires_at is not None and row.expires_at > now
         ]
 
-    async def has_kept_signals(self) -> bool:
-        return any(self.tables.kept.values())
+    async def list_kept(self, *, now: int) -> list[tuple[str, int]]:
+        rows = (self.tables.signals[key] for keys in self.tables.kept.values() for key in keys)
+        kept = [(row.expires_at, row.owner_key) for row in rows if row.expires_at is not None]
+        return [(owner_key, at) for at, owner_key in sorted(kept) if at > now]
 
     async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:
         tables = self.tables

@@ -230,8 +230,8 @@ class Store(Protocol):
         """What is on record for each signal; an unreadable kept signal is passed by."""
         ...
 
-    async def has_kept_signals(self) -> bool:
-        """Whether any signal is kept at all, expired or not."""
+    async def list_kept(self, *, now: int) -> list[tuple[str, int]]:
+        """The owner of each signal that is kept and has not expired, and until when it is; soonest first."""
         ...
 
     async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:

@@ -479,8 +479,8 @@ class SqliteStore:
     async def look_up_waits(self, asked: Sequence[WaitLookup]) -> list[WaitsFound]:
         return await self._read(sqlite_waits.look_up_waits, asked)
 
-    async def has_kept_signals(self) -> bool:
-        return await self._read(sqlite_waits.has_kept_signals)
+    async def list_kept(self, *, now: int) -> list[tuple[str, int]]:
+        return await self._read(sqlite_waits.list_kept, now)
 
     async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:
         return await self._read(sqlite_waits.find_token, token)

@@ -163,12 +163,14 @@ def _kept(
     return None, expired
 
 
-def has_kept_signals(connection: sqlite3.Connection) -> bool:
-    """Whether any signal is kept at all."""
-    found = connection.execute(
-        "SELECT EXISTS (SELECT 1 FROM signals INDEXED BY signals_kept WHERE kept = 1)"
-    ).fetchone()
-    return bool(found[0])
+def list_kept(connection: sqlite3.Connection, now: int) -> list[tuple[str, int]]:
+    """Whose signals are kept, and until when; what a damaged row says is not counted."""
+    rows = connection.execute(
+        "SELECT owner_key, expires_at FROM signals INDEXED BY signals_expiring"
+        " WHERE kept = 1 AND expires_at > ? AND typeof(expires_at) = 'integer' ORDER BY expires_at",
+        (now,),
+    )
+    return [(text_of(owner_key), at) for owner_key, at in rows.fetchall()]
 
 
 def list_met(

@@ -50,7 +50,7 @@ _READS: Final = (
     "list_open_waits",
     "list_updates_due",
     "list_digests_due",
-    "has_kept_signals",
+    "list_kept",
     "next_update_due",
     "list_updates",
     "list_unreadable",

@@ -220,9 +220,9 @@ class FaultyStore:
         self._fail_if_told("look_up_waits")
         return await self.inner.look_up_waits(asked)
 
-    async def has_kept_signals(self) -> bool:
-        self._fail_if_told("has_kept_signals")
-        return await self.inner.has_kept_signals()
+    async def list_kept(self, *, now: int) -> list[tuple[str, int]]:
+        self._fail_if_told("list_kept")
+        return await self.inner.list_kept(now=now)
 
     async def find_token(self, token: str) -> tuple[FlowKey, str | None] | None:
         self._fail_if_told("find_token")

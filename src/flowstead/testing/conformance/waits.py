@@ -312,6 +312,21 @@ class Waits(StoreFixtures):
         assert answer.kept is not None and answer.kept.key == kept.key
         assert answer.expired == []
 
+    async def test_what_is_kept_is_counted_by_owner_until_it_expires_or_is_taken(
+        self, store: Store
+    ) -> None:
+        """The first to expire first, whatever the keys."""
+        assert await store.list_kept(now=NOW) == []
+        await put_signal(store, wait_key=KEY, expires_at=NOW + 20)
+        await put_signal(store, wait_key=key_for("b"), owner_key="bob", expires_at=NOW + 10)
+        await put_signal(store, wait_key=KEY, expires_at=NOW)
+        await put_signal(store, wait_key=KEY, expires_at=None)
+        taken = await put_signal(store, wait_key=KEY, expires_at=NOW + 15)
+        await store.commit([signals(replace(taken, taken_by="flow"), fresh=False)])
+
+        assert await store.list_kept(now=NOW) == [("bob", NOW + 10), ("alice", NOW + 20)]
+        assert await store.list_kept(now=NOW + 10) == [("alice", NOW + 20)]
+
     async def test_a_kept_signal_may_lose_its_id_and_another_have_it(self, store: Store) -> None:
         """The id is not known then, until it is used again."""
         signal = await put_signal(store, wait_key=KEY, signal_id="id")
