@@ -166,6 +166,8 @@ class SessionFlows(SessionTasks):
         """Park the flow until outside input arrives.
 
         live → waiting, or blocked if a blocker is named; revision + 1. Wait and blockers are replaced.
+        A controller that stands in a wait is sent away; one that is running goes on, and what it comes to wait for
+        itself takes the place of this wait.
         Cancelling the caller after acceptance does not undo the change.
 
         Args:
