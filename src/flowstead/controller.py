@@ -21,7 +21,8 @@ from flowstead import arguments
 from flowstead.decision import Decision
 from flowstead.engine.engine import Engine
 from flowstead.engine.mailbox import Reply
-from flowstead.flow_waits import FlowWaits
+from flowstead.flow_approvals import FlowApprovals
+from flowstead.flow_messages import FlowMessages
 from flowstead.functions import Functions, Policy, Runnable
 from flowstead.model.code import Code
 from flowstead.model.command import (
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from flowstead.task_context import TaskContext
 
 
-class FlowContext(FlowWaits):
+class FlowContext(FlowApprovals, FlowMessages):
     """What a controller works with: its flow, carried forward, and the steps it can take.
 
     Every method raises what stopped it (`errors.RefusedError` and its kin) rather than answering with it.

@@ -117,6 +117,22 @@ def test_the_first_to_end_wins_the_others_are_withdrawn_and_every_run_sees_the_s
     assert open_waits(lives) == []
 
 
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_child_that_runs_and_has_lost_is_stopped_long_before_its_flow_ends(
+    lives: Lives, parked: bool
+) -> None:
+    _, flow_id = played(lives, "signal", parked=parked)
+
+    assert lives.flow(flow_id).status == "waiting"
+    ends = {task.run_id: task.status for task in lives.children(flow_id)}
+    assert ends == {
+        "signal": "succeeded",
+        "timer": "cancelled",
+        "child": "cancelled",
+        "afterwards": "queued",
+    }
+
+
 def test_a_loser_can_not_be_answered_any_more(lives: Lives) -> None:
     _, _ = played(lives, "timer")
 
