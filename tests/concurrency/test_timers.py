@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from flowstead import Registry, Retry, StoreUnusable, TaskContext
+from flowstead import Limits, Registry, Retry, Runtime, StoreUnusable, TaskContext
 from flowstead.engine.actor import Actor
 from flowstead.engine.timers import Timers
 from flowstead.model.flow import FlowKey
 from flowstead.store.memory import MemoryStore
-from flowstead.store.port import Due
+from flowstead.store.port import Due, Snapshot
 from flowstead.testing import ManualClock
 from tests.faulty_store import FaultyStore, flows_of, new_flow, running, settle, soon
 
@@ -61,7 +62,9 @@ class Play:
         self.start = self.clock.now()
         self.rows = Rows()
         self.ticks: list[tuple[str, float]] = []
-        self.timers = Timers(self.rows, self.clock, self._tick)  # type: ignore[arg-type]
+        self.rounds: list[int] = []
+        """How much had been ticked each time there was no room for more."""
+        self.timers = Timers(self.rows, self.clock, self._tick, self._room)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> Play:
         self.job = asyncio.create_task(self.timers.run())
@@ -79,6 +82,10 @@ class Play:
         self.rows.dues = [
             due for due in self.rows.dues if due.key != key or due.at > self.clock.now()
         ]
+
+    async def _room(self) -> None:
+        self.rounds.append(len(self.ticks))
+        await asyncio.sleep(0)
 
     def write(self, name: str, seconds: float) -> None:
         """A row that is there before anybody was told."""
@@ -170,6 +177,44 @@ async def test_many_instants_are_ticked_in_order_with_one_timer():
         assert [at for _, at in play.ticks] == sorted(instants)
         assert len(play.ticks) == 500
         assert play.clock.armed == 0
+
+
+@pytest.mark.parametrize("seconds", [-DAY, 30.0])
+async def test_what_comes_due_at_once_is_ticked_in_portions_with_room_between(seconds: float):
+    play = Play()
+    for n in range(1500):
+        play.write(str(n), seconds)
+
+    async with play:
+        await play.advance(30)
+
+        assert sorted(int(name) for name, _ in play.ticks) == list(range(1500))
+        assert all(later - earlier <= 256 for earlier, later in pairwise(play.rounds))
+        assert play.rounds[0] <= 512
+        assert play.rounds[-1] >= 1500 - 256
+        assert play.clock.armed == 0
+
+
+async def test_an_instant_that_comes_between_two_portions_is_ticked_too():
+    play = Play()
+    for n in range(600):
+        play.write(str(n), -DAY)
+    room = play._room
+
+    async def meanwhile() -> None:
+        if not play.rounds:
+            play.commit("past", -5)
+            play.commit("soon", 5)
+            play.commit("far", 500)
+        play.clock.advance(1)
+        await room()
+
+    play.timers._wait_room = meanwhile
+    async with play:
+        assert len(play.ticks) == 601
+        await play.advance(1, steps=500)
+
+        assert {"past", "soon", "far"} <= {name for name, _ in play.ticks}
 
 
 async def test_a_steady_stream_of_near_instants_does_not_hide_the_far_ones():
@@ -284,6 +329,40 @@ def flaky(registry: Registry, seconds: float) -> list[int]:
             raise ValueError
 
     return attempts
+
+
+class Watched(MemoryStore):
+    """A store that sees how many flows are in memory when it is read."""
+
+    runtime: Runtime | None = None
+    peak = 0
+
+    async def load(self, keys: Sequence[FlowKey]) -> list[Snapshot | Exception | None]:
+        await asyncio.sleep(0)
+        if self.runtime is not None:
+            self.peak = max(self.peak, self.runtime.statistics().flows_in_memory)
+        return await super().load(keys)
+
+
+async def test_a_crowd_that_is_due_at_opening_does_not_come_into_memory_at_once():
+    store, clock, limits = MemoryStore(), ManualClock(), Limits(idle_flows=300)
+    async with running(store, clock=clock, limits=limits) as runtime:
+        flows = flows_of(runtime)
+        for _ in range(20):
+            many = [new_flow(flows) for _ in range(100)]
+            for flow_id in await soon(asyncio.gather(*many)):
+                wait_json = {"wakeAt": clock.now() + 3600_000}
+                asked = flows.set_waiting(flow_id=flow_id, expected_revision=0, wait_json=wait_json)
+                assert (await soon(asked)).applied
+
+    clock.advance(7200)
+    watched = Watched(store.tables)
+    async with running(watched, clock=clock, limits=limits) as runtime:
+        watched.runtime = runtime
+        while await soon(flows_of(runtime).list(status="waiting", limit=1)):
+            await settle()
+
+    assert 300 <= watched.peak < 1000
 
 
 async def test_an_idle_runtime_arms_nothing():

@@ -112,7 +112,7 @@ class Engine:
         )
         self.committer = Committer(store, limits.batch, on_lost=self._lost)
         self._loader = Loader(store)
-        self._timers = Timers(store, clock, self._tick)
+        self._timers = Timers(store, clock, self._tick, self._wait_room)
         self.desk = Desk(store, self.committer, clock, self.ask, most_kept=limits.kept_signals)
         self.postman = (
             None
@@ -325,6 +325,11 @@ class Engine:
         # While a disk is slow instants go on coming due; their ticks must not crowd callers out of the mailbox.
         if not actor.mailbox.holds(Tick):
             self._post(key, Tick())
+
+    async def _wait_room(self) -> None:
+        """Return when those who were just woken are in memory, and others have had their turn."""
+        await asyncio.sleep(0)
+        await self._loader.wait_idle()
 
     def wake(self, key: FlowKey) -> None:
         """Have a flow look at what may start or go on."""

@@ -3,13 +3,16 @@
 A due instant lives in its row. Those within the horizon are in the heap as well; the far ones stay on disk
 until the horizon reaches them. A thousand parked flows therefore cost rows, not timers, and an idle runtime
 with nothing due arms nothing at all. A tick that comes twice is harmless: the rules look at the clock again.
+
+What comes due at once, such as at opening after a long while, is ticked a portion at a time: the next when there is
+room for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from flowstead.engine.clock import Clock, Handle
@@ -22,15 +25,24 @@ log = get_logger(__name__)
 
 HORIZON_MS: Final = 60_000
 _READ_AGAIN_SECONDS: Final = 1.0
+_PORTION: Final = 256
 
 
 class Timers:
-    """Note what is due; `tick` is called for each flow when its instant has come."""
+    """Note what is due; `tick` is called for each flow when its instant has come, `wait_room` between portions."""
 
-    def __init__(self, store: Store, clock: Clock, tick: Callable[[FlowKey], object]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        tick: Callable[[FlowKey], object],
+        wait_room: Callable[[], Awaitable[object]],
+    ) -> None:
         self._store = store
         self._clock = clock
         self._tick = tick
+        self._wait_room = wait_room
+        self._is_ticking = False
         self._heap: list[tuple[int, FlowKey]] = []
         self._horizon = 0
         self._armed: tuple[int, Handle] | None = None
@@ -57,9 +69,13 @@ class Timers:
     async def _fetch(self, after: int) -> int:
         """Put what is due up to the horizon on the heap, tick what is due already, arm for the next."""
         self._horizon = until = self._clock.now() + HORIZON_MS
-        for due in await self._store.list_due(after=after, until=until):
-            heapq.heappush(self._heap, (due.at, due.key))
-        self._tick_due()
+        found = await self._store.list_due(after=after, until=until)
+        self._heap += [(due.at, due.key) for due in found]
+        heapq.heapify(self._heap)
+        self._is_ticking = True
+        while not self._tick_due():
+            await self._wait_room()
+        self._is_ticking = False
         if self._heap:
             self._arm(self._heap[0][0])
         elif (following := await self._store.next_due(after=until)) is not None:
@@ -82,13 +98,16 @@ class Timers:
 
     def _fire(self) -> None:
         self._armed = None
-        self._tick_due()
-        if self._heap:
+        if not self._is_ticking and self._tick_due() and self._heap:
             self._arm(self._heap[0][0])
         else:
             self._look.set()
 
-    def _tick_due(self) -> None:
+    def _tick_due(self) -> bool:
+        """Tick a portion of what is due; answers whether that was all."""
         now = self._clock.now()
-        while self._heap and self._heap[0][0] <= now:
+        for _ in range(_PORTION):
+            if not self._heap or self._heap[0][0] > now:
+                return True
             self._tick(heapq.heappop(self._heap)[1])
+        return False
