@@ -193,7 +193,8 @@ class Waiters:
             topic = rng.choice(self.topics or [COMMON])
         is_kept = topic in self._early or rng.random() < 0.7
         spec = self._spec(rng, "key", topic=topic, is_kept=is_kept)
-        if spec["id"] is not None and rng.random() < 0.1:
+        # One that is not kept may be turned away first, and wake somebody the next moment.
+        if spec["id"] is not None and is_kept and rng.random() < 0.1:
             codes = await asyncio.gather(self.send(spec), self.send(spec))
             taken = [code for code in codes if code in ("matched", "kept")]
             if len(taken) > 1:
