@@ -124,6 +124,8 @@ class Channel:
             is_next
             and world.seconds < since - 0.001
             and world.clock_set_at < since - _ASKED_TO_WAIT
+            # One that was made by another clock waits no longer once a new process finds it.
+            and update.created_at <= world.wall
         ):
             world.violations.append(f"it was to wait until {since}: {update}")
         if update.attempt > DELIVERIES.max_attempts:
