@@ -21,7 +21,9 @@ from flowstead import (
     Update,
     open_runtime,
 )
+from flowstead.model.update import StoredUpdate
 from flowstead.store.codec import FlowWrite
+from flowstead.store.memory import MemoryStore
 from flowstead.testing import ManualClock, RecordingNotifier
 from tests.faulty_store import (
     NOT_WRITTEN,
@@ -308,6 +310,37 @@ async def test_a_restart_before_the_digest_loses_nothing_and_doubles_nothing(
     assert texts(digest) == ["a", "b"]
     assert [item["flowId"] for item in digest.items] == ids
     assert {update.flow_id for update in done} <= set(ids)
+
+
+class LooksLong(MemoryStore):
+    """A store in which time passes while one looks for digests."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
+        self._clock, self.seconds = clock, 0.0
+
+    async def list_digests_due(self, *, until: int, limit: int) -> list[StoredUpdate]:
+        found = await super().list_digests_due(until=until, limit=limit)
+        self._clock.advance(self.seconds)
+        self.seconds = 0.0
+        return found
+
+
+async def test_a_digest_whose_instant_comes_while_its_store_is_looked_at_goes_out(
+    clock: ManualClock,
+):
+    notifier, store = RecordingNotifier(), LooksLong(clock)
+    at(clock, "2027-01-15 17:59")
+    async with running(store, clock=clock, registry=puts_by(), notifier=notifier) as runtime:
+        await put_by(flows_of(runtime), "a")
+    store.seconds = 120.0
+
+    async with running(store, clock=clock, registry=puts_by(), notifier=notifier):
+        await settle()
+        assert store.seconds == 0.0, "vacuous: nobody looked"
+        await pass_time(clock, 1, step=1)
+
+    assert [texts(digest) for digest in digests(notifier)] == [["a"]]
 
 
 async def test_a_digest_that_fails_is_tried_again_under_its_key_and_others_are_not_put_into_it(

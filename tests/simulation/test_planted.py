@@ -48,7 +48,7 @@ from flowstead.rules.turn import Turn
 from flowstead.rules.view import NOTHING
 from flowstead.scoped import ScopedFlows
 from flowstead.step import Completed
-from flowstead.store import codec
+from flowstead.store import codec, memory_waits
 from flowstead.store.codec import FlowWrite
 from flowstead.store.memory_waits import MemoryWaits
 from flowstead.testing.disk import Disk, SimulatedStore
@@ -436,8 +436,14 @@ def open_waits_without_looking_what_is_kept(plant: pytest.MonkeyPatch) -> None:
 
 
 def hand_over_the_newest(plant: pytest.MonkeyPatch) -> None:
-    kept = MemoryWaits._kept
-    plant.setattr(MemoryWaits, "_kept", lambda self, *given: kept(self, *given)[::-1])
+    oldest = MemoryWaits._oldest_kept
+
+    def newest(self: MemoryWaits, *given: Any) -> Any:
+        kept, expired = oldest(self, *given)
+        rows = self._kept(*given)
+        return kept and memory_waits._signal(rows[-1]), expired
+
+    plant.setattr(MemoryWaits, "_oldest_kept", newest)
 
 
 def wake_one_of_those_who_wait(plant: pytest.MonkeyPatch) -> None:

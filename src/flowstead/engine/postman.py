@@ -105,9 +105,11 @@ class Postman:
         while True:
             self._look.clear()
             is_read = True
+            # One instant for all of them: what comes due meanwhile is still to come for each.
+            now = self._clock.now()
             for job in (self._see_to_clock, self._seal_digests, self._send_due):
                 try:
-                    await job()
+                    await job(now)
                 except StoreInUse as error:
                     log.error("updates.lost", reason=str(error))
                     return self.stop()
@@ -149,9 +151,9 @@ class Postman:
 
     # ---- the clock --------------------------------------------------------------------------------
 
-    async def _see_to_clock(self) -> None:
+    async def _see_to_clock(self, now: int) -> None:
         """What waits for its next attempt does not wait longer because the clock was put back."""
-        now, last = self._clock.now(), self._looked_at
+        last = self._looked_at
         if last is None:
             # How far it was put back while nobody lived, nobody knows.
             if await self._store.next_update_due(after=now) is not None:
@@ -182,8 +184,7 @@ class Postman:
 
     # ---- what is due ------------------------------------------------------------------------------
 
-    async def _send_due(self) -> None:
-        now = self._clock.now()
+    async def _send_due(self, now: int) -> None:
         limit = self._limits.deliveries
         while self._has_room:
             self._came_meanwhile.clear()
@@ -369,8 +370,7 @@ class Postman:
 
     # ---- digests ----------------------------------------------------------------------------------
 
-    async def _seal_digests(self) -> None:
-        now = self._clock.now()
+    async def _seal_digests(self, now: int) -> None:
         page = limit = max(_PAGE, self._limits.digest_items)
         failed: set[tuple[str, str | None]] = set()
         while items := await self._store.list_digests_due(until=now, limit=limit):
