@@ -198,10 +198,9 @@ async def pass_time(clock: ManualClock, seconds: float, by: float = 1.0) -> None
 
 def jump(clock: ManualClock, seconds: float) -> None:
     """Put the wall clock forward: the loop's timers, which go by their own time, do not notice."""
-    calls = clock._calls
-    shifted = [(at + seconds * 1000, order, call) for at, order, call in calls]
+    shifted = [(at + seconds * 1000, order, call) for at, order, call in clock._calls]
     clock.set(clock.now() + round(seconds * 1000))
-    calls[:] = shifted
+    clock._calls[:] = shifted
 
 
 # ---- many of them ---------------------------------------------------------------------------------
